@@ -1,0 +1,124 @@
+"""Run the course: ``python -m huanhuan`` in ``notebooks/`` executes the five notebooks in order.
+
+Prints one line a notebook and a report card; writes executed copies and an HTML of each under
+the run directory.
+"""
+
+import html
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from nbconvert import HTMLExporter
+
+from huanhuan.course import NOTEBOOKS, Course, CourseError, choose_profile, machine, versions
+
+
+def settle_paths() -> None:
+    """Make relative paths in ``HUANHUAN_*`` absolute, for the kernels run in ``notebooks/``.
+
+    They are looked for from the project's root, where ``make`` is called, then from the current
+    directory. What is found in neither (a hub id, a wrong path) is left as it is.
+    """
+    for name in ("HUANHUAN_DATA", "HUANHUAN_MODEL"):
+        value = os.environ.get(name, "")
+        found = [start / value for start in (NOTEBOOKS.parent, Path.cwd()) if value and (start / value).exists()]
+        if found:
+            os.environ[name] = str(found[0].resolve())
+    if os.environ.get("HUANHUAN_OUTPUT"):
+        os.environ["HUANHUAN_OUTPUT"] = str((NOTEBOOKS.parent / os.environ["HUANHUAN_OUTPUT"]).resolve())
+
+
+def run(path: Path, out: Path) -> None:
+    """Execute the notebook at `path`; leave an executed copy and an HTML of it in `out`.
+
+    Raises CourseError where a cell fails, with its message.
+    """
+    notebook = nbformat.read(path, as_version=4)
+    client = NotebookClient(
+        notebook,
+        timeout=None,  # training the 3B takes as long as it takes
+        extra_arguments=["--log-level=ERROR"],
+        resources={"metadata": {"path": str(NOTEBOOKS)}},
+    )
+    started = time.time()
+    failure = None
+    try:
+        client.execute()
+    except CellExecutionError as error:
+        failure = error
+    if out.parent.exists():  # a run that was refused at its first step leaves nothing behind
+        out.mkdir(exist_ok=True)
+        stamp = " · ".join([
+            time.strftime("%Y-%m-%d %H:%M"), machine(), *(f"{k} {v}" for k, v in versions().items()),
+            f"{time.time() - started:.0f} 秒",
+        ])  # fmt: skip
+        note = nbformat.v4.new_markdown_cell(f"*这是一份运行记录：{html.escape(stamp)}*", id="run-record")
+        notebook.cells.insert(0, note)
+        nbformat.write(notebook, out / path.name)
+        body, _ = HTMLExporter(embed_images=True).from_notebook_node(
+            notebook, {"metadata": {"path": str(NOTEBOOKS), "name": path.stem}}
+        )
+        (out / f"{path.stem}.html").write_text(body, encoding="utf-8")
+    if failure:
+        if failure.ename in ("CourseError", "DatasetError"):
+            raise CourseError(failure.evalue) from None
+        raise CourseError(f"{path.name} 里有一格出错了：\n{failure}") from None
+
+
+def report(manifest: dict, answers: list[dict]) -> str:
+    """The report card, as Markdown text."""
+    results = manifest["results"]
+    lines = ["", f"# 成绩单（{manifest['profile']['name']}，{manifest['machine']}）", ""]
+    shown = answers[:5]  # the question that was trained on first, then ordinary life
+    shown += answers[-5:]  # identity, in words that were not trained on
+    lines += ["| 问题 | 微调前 | 微调后 |", "|---|---|---|"]
+    cell = lambda text: text.replace("|", "\\|").replace("\n", " ")  # noqa: E731
+    lines += [f"| {cell(a['question'])} | {cell(a['base'])} | {cell(a['tuned'])} |" for a in shown]
+    before, after = results["eval_loss_before"], results["eval_loss_after"]
+    lines += [
+        "",
+        f"验证集损失：{before:.3f} → {after:.3f}（{after / before - 1:+.0%}）",
+        f"没训练过的身份问法，以甄嬛的身份回答：{results['persona_base']:.0%} → {results['persona_tuned']:.0%}",
+        f"说完自己停下来：{results['stopped_tuned']:.0%}",
+        "",
+        "| 笔记本 | 分钟 | 内存峰值 GiB |",
+        "|---|---|---|",
+    ]
+    books = manifest["notebooks"]
+    lines += [f"| {name} | {book['minutes']:.1f} | {book['peak_memory_gib']:.2f} |" for name, book in sorted(books.items())]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    settle_paths()
+    started = time.time()
+    print(f"档位：{'，'.join(choose_profile())}")
+    out = Course.start().run_dir / "executed"
+    for path in sorted(NOTEBOOKS.glob("0*.ipynb")):
+        print(f"{path.stem:<16}", end="", flush=True)
+        begun = time.time()
+        run(path, out)
+        print(f"完成，{time.time() - begun:5.0f} 秒", flush=True)
+
+    course = Course.resume("adapter", "answers")
+    answers = json.loads(course.path("answers").read_text(encoding="utf-8"))
+    card = report(course.manifest, answers)
+    (course.run_dir / "report.md").write_text(card, encoding="utf-8")
+    print(card)
+    print(f"共 {(time.time() - started) / 60:.1f} 分钟")
+    print(f"适配器：{course.path('adapter')}")
+    print(f"可以带走的压缩包：{course.path('pack')}")
+    print(f"每本笔记本的运行记录（用浏览器打开 HTML）：{out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except CourseError as error:
+        sys.exit(f"\n⛔ {error}")

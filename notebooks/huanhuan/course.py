@@ -1,0 +1,267 @@
+"""The ground floor: the profile that fits this machine, and the manifest one notebook hands the next.
+
+Everything a run leaves behind lies in one directory, ``HUANHUAN_OUTPUT`` or
+``notebooks/output/<profile>``, and is listed in its ``manifest.json``.
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime
+from pathlib import Path
+
+NOTEBOOKS = Path(__file__).resolve().parent.parent
+DATA = NOTEBOOKS.parent / "data"
+
+# What is handed on, in the order it is made, and the notebook that makes it.
+MADE_BY = {
+    "data": "01_setup",
+    "model": "01_setup",
+    "tokenized": "02_preprocess",
+    "adapter": "03_train_lora",
+    "answers": "04_infer",
+    "pack": "04_infer",
+}
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "modelscope")
+
+
+class CourseError(Exception):
+    """Something the learner can mend. Jupyter shows its message alone, without a traceback."""
+
+    def _render_traceback_(self) -> list[str]:  # IPython's hook
+        return [f"⛔ {self}"]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What differs between machines, as data. The tutorial's values unless a comment says why not."""
+
+    name: str
+    model: str  # a hub id or a local folder
+    device: str  # "cpu" or "cuda"
+    dtype: str  # of the frozen weights; the adapter is always float32
+    revision: str = "master"
+    max_length: int = 384  # tokens
+    micro_batch: int = 4  # rows a forward pass; micro_batch × accumulation = 16 rows a step, always
+    accumulation: int = 4
+    epochs: int = 3
+    learning_rate: float = 1e-4
+    lora_r: int = 8
+    lora_alpha: int = 32
+    lora_dropout: float = 0.1
+    gradient_checkpointing: bool = True
+    logging_steps: int = 10
+    save_steps: int = 200
+
+
+_LLAMA = "LLM-Research/Llama-3.2-3B-Instruct"
+
+PROFILES = {
+    # A model a thousand times smaller moves a thousand times less at 1e-4: its own rate and epochs.
+    "cpu-tiny": Profile(
+        "cpu-tiny", str(DATA / "tiny_llama"), "cpu", "float32",
+        epochs=8, learning_rate=5e-3, gradient_checkpointing=False,
+    ),
+    "gpu-fp16": Profile("gpu-fp16", _LLAMA, "cuda", "float16"),
+    "gpu-bf16": Profile("gpu-bf16", _LLAMA, "cuda", "bfloat16"),
+}  # fmt: skip
+
+# Estimate: 6.0 GiB of weights, 0.2 for adapter and optimizer, up to 3 for logits, 1 for activations.
+GPU_MEMORY_GIB = 10.5
+
+
+def choose_profile() -> tuple[str, str]:
+    """Name of the profile that fits this machine, and the reason in Chinese."""
+    asked = os.environ.get("HUANHUAN_PROFILE")
+    if asked:
+        if asked not in PROFILES:
+            raise CourseError(f"环境变量 HUANHUAN_PROFILE={asked} 不认识，请改成其中之一：{'、'.join(PROFILES)}。")
+        return asked, "环境变量 HUANHUAN_PROFILE 指定"
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu-tiny", "没有找到可用的 NVIDIA GPU，用 CPU 跑小模型"
+    gpu, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory / 2**30
+    if memory < GPU_MEMORY_GIB:
+        return "cpu-tiny", f"{gpu} 的显存 {memory:.1f} GiB 不足 {GPU_MEMORY_GIB} GiB，放不下 3B 的训练，用小模型"
+    # Not torch.cuda.is_bf16_supported(): it says True on a T4, which only emulates bf16.
+    if torch.cuda.get_device_capability()[0] >= 8:
+        return "gpu-bf16", f"{gpu}（{memory:.1f} GiB）计算能力 ≥ 8.0，原生支持 bfloat16"
+    return "gpu-fp16", f"{gpu}（{memory:.1f} GiB）计算能力 < 8.0，没有原生 bfloat16，用 float16"
+
+
+class Course:
+    """One run of the course: its profile, its directory and its manifest.
+
+    Made by :meth:`start` in notebook 01 and by :meth:`resume` in the others. Nothing is written
+    before the first :meth:`keep`.
+    """
+
+    def __init__(self, profile: Profile, reason: str, run_dir: Path, manifest: dict):
+        self.profile, self.reason, self.run_dir, self.manifest = profile, reason, run_dir, manifest
+        self._opened = time.time()
+
+    @property
+    def base_name(self) -> str:
+        """Name of the base model, without this machine's path: what an adapter that travels may say."""
+        model = self.profile.model
+        return Path(model).name if Path(model).is_dir() else model
+
+    def __repr__(self) -> str:
+        return f"档位 {self.profile.name}：{self.reason}\n成果都放在 {self.run_dir}"
+
+    @classmethod
+    def start(cls, **overrides) -> "Course":
+        """Choose the profile and open the run directory.
+
+        `overrides` are fields of :class:`Profile`, e.g. ``Course.start(epochs=5)``.
+        Raises CourseError for an unknown field or profile.
+        """
+        unknown = set(overrides) - {f.name for f in fields(Profile)}
+        if unknown:
+            known = "、".join(f.name for f in fields(Profile))
+            raise CourseError(f"档位里没有 {'、'.join(sorted(unknown))} 这一项，可以改的有：{known}。")
+        name, reason = choose_profile()
+        if os.environ.get("HUANHUAN_MODEL"):
+            overrides = {"model": os.environ["HUANHUAN_MODEL"]} | overrides
+        profile = replace(PROFILES[name], **overrides)
+        run_dir = _run_dir(name)
+        old = _read(run_dir) or {}
+        manifest = {"profile": asdict(profile), "reason": reason, "machine": machine(), "versions": versions()}
+        for part in ("files", "results", "notebooks"):
+            manifest[part] = old.get(part, {})
+        return cls(profile, reason, run_dir, manifest)
+
+    @classmethod
+    def resume(cls, *needs: str) -> "Course":
+        """Reopen the run that notebook 01 started; `needs` names the entries this notebook reads.
+
+        Raises CourseError, saying which notebook to run first, where one is not there.
+        """
+        run_dir = _run_dir(choose_profile()[0])
+        manifest = _read(run_dir)
+        if manifest is None:
+            raise CourseError("这里还没有开始过课程：请先运行 01_setup.ipynb。")
+        known = {f.name for f in fields(Profile)}
+        profile = Profile(**{k: v for k, v in manifest["profile"].items() if k in known})
+        course = cls(profile, manifest["reason"], run_dir, manifest)
+        for name in needs:
+            course.path(name)
+        return course
+
+    def path(self, name: str) -> Path:
+        """Where `name` (a key of MADE_BY) lies. Raises CourseError if it does not."""
+        entry = self.manifest["files"].get(name)
+        path = self.run_dir / entry if entry else None  # an absolute entry stays as it is
+        if path is None or not path.exists():
+            raise CourseError(f"还缺少上一步的成果“{name}”：请先运行 {MADE_BY[name]}.ipynb。")
+        return path
+
+    def keep(self, name: str, path: str | Path) -> None:
+        """List `path` in the manifest as `name`.
+
+        A changed dataset or model makes what was built on it stale: later entries are taken off
+        the list, so that the later notebooks ask to be run again. Their files stay.
+        """
+        path = Path(path).resolve()
+        inside = path.is_relative_to(self.run_dir)
+        entry = path.relative_to(self.run_dir).as_posix() if inside else str(path)
+        stamp = [entry, path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else [entry]
+        files, order = self.manifest["files"], list(MADE_BY)
+        stamps = self.manifest.setdefault("stamps", (_read(self.run_dir) or {}).get("stamps", {}))
+        if name in ("data", "model") and files.get(name) and stamps.get(name) != stamp:
+            for later in order[order.index("tokenized") :]:
+                files.pop(later, None)
+        files[name], stamps[name] = entry, stamp
+        self._write()
+
+    def note(self, **results) -> None:
+        """Add results (numbers, texts, lists of them) to the manifest."""
+        self.manifest["results"].update(results)
+        self._write()
+
+    def set_aside(self, path: Path) -> Path | None:
+        """Give a file or folder of an earlier run a new name, so that nothing is overwritten.
+
+        Returns the new path, or None where there was nothing to move.
+        """
+        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+            return None
+        stamp = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y%m%d-%H%M%S")
+        count, moved = 1, path.with_name(f"{path.stem}-{stamp}{path.suffix}")
+        while moved.exists():
+            count += 1
+            moved = path.with_name(f"{path.stem}-{stamp}-{count}{path.suffix}")
+        return path.rename(moved)
+
+    def finish(self, notebook: str) -> None:
+        """Print and record what this notebook took: minutes since it opened, peak memory of its process."""
+        minutes, memory = (time.time() - self._opened) / 60, peak_memory_gib()
+        self.manifest["notebooks"][notebook] = {"minutes": round(minutes, 2), "peak_memory_gib": round(memory, 2)}
+        self._write()
+        print(f"✅ {notebook} 完成：用时 {minutes:.1f} 分钟，内存峰值 {memory:.2f} GiB")
+        for name in self.manifest["files"]:
+            print(f"   {name:<10}{self.manifest['files'][name]}")
+
+    def _write(self) -> None:
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.manifest, ensure_ascii=False, indent=2)
+        beside = self.run_dir / "manifest.json.new"  # renamed when whole: a crash leaves the old one
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(self.run_dir / "manifest.json")
+
+
+def _run_dir(profile: str) -> Path:
+    return Path(os.environ.get("HUANHUAN_OUTPUT") or NOTEBOOKS / "output" / profile).resolve()
+
+
+def _read(run_dir: Path) -> dict | None:
+    path = run_dir / "manifest.json"
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise CourseError(f"{path} 读不出来了（不是完整的 JSON）：请把它改名，再重新运行 01_setup.ipynb。") from None
+
+
+def machine() -> str:
+    """This machine in a few words: system, cores, memory, GPU."""
+    import psutil
+    import torch
+
+    words = [platform.system(), platform.machine(), f"{os.cpu_count()} 核"]
+    words.append(f"{psutil.virtual_memory().total / 2**30:.0f} GiB 内存")
+    if torch.cuda.is_available():
+        words.append(torch.cuda.get_device_name())
+    return "，".join(words)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages the course stands on; missing ones are left out."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def peak_memory_gib() -> float:
+    """The most memory (RSS) this process has held, in GiB."""
+    status = Path("/proc/self/status")
+    if status.exists():  # not getrusage: on Linux it also counts the process that launched this one
+        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(peak.split()[1]) / 2**20
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # bytes on macOS
