@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: course lab test
+.PHONY: course lab test test-gpu
 
 course: $(VENV)/installed
 	cd notebooks && ../$(BIN)/python -m huanhuan
@@ -15,6 +15,9 @@ test: $(VENV)/installed-tests
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pytest
+
+test-gpu: $(VENV)/installed-tests
+	$(BIN)/pytest -m gpu -s tests
 
 $(VENV)/installed: requirements.txt constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)

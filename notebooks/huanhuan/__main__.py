@@ -1,7 +1,7 @@
-"""Run the course: ``python -m huanhuan`` in ``notebooks/`` executes the five notebooks in order.
+"""Run the course: ``python -m huanhuan [01_setup …]`` in ``notebooks/``.
 
-Prints one line a notebook and a report card; writes executed copies and an HTML of each under
-the run directory.
+Executes the named notebooks, or all five, in order, with one line a notebook; writes executed
+copies and an HTML of each under the run directory. After all five: a report card.
 """
 
 import html
@@ -95,18 +95,26 @@ def report(manifest: dict, answers: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
+def main(names: list[str]) -> None:
+    books = sorted(NOTEBOOKS.glob("0*.ipynb"))
+    unknown = set(names) - {path.stem for path in books}
+    if unknown:
+        raise CourseError(f"没有这本笔记本：{'、'.join(sorted(unknown))}，可以写的有 {'、'.join(p.stem for p in books)}。")
     settle_paths()
     started = time.time()
     print(f"档位：{'，'.join(choose_profile())}")
     out = Course.start().run_dir / "executed"
-    for path in sorted(NOTEBOOKS.glob("0*.ipynb")):
+    for path in books:
+        if names and path.stem not in names:
+            continue
         print(f"{path.stem:<16}", end="", flush=True)
         begun = time.time()
         run(path, out)
         print(f"完成，{time.time() - begun:5.0f} 秒", flush=True)
 
-    course = Course.resume("adapter", "answers")
+    if names:
+        return
+    course = Course.resume("adapter", "answers", "pack")
     answers = json.loads(course.path("answers").read_text(encoding="utf-8"))
     card = report(course.manifest, answers)
     (course.run_dir / "report.md").write_text(card, encoding="utf-8")
@@ -119,6 +127,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     try:
-        main()
+        main(sys.argv[1:])
     except CourseError as error:
         sys.exit(f"\n⛔ {error}")

@@ -42,16 +42,14 @@ def on_disk(course: Course) -> pd.DataFrame:
 def remove(course: Course, names: list[str], really: bool = False) -> None:
     """Remove `names` (of :func:`on_disk`) from the run directory; only shows them unless `really`.
 
-    Raises CourseError, before anything is removed, for a name that is not directly in the run
-    directory, or is a link out of it.
+    Raises CourseError, before anything is removed, for a name that is not in that list, or is a
+    link: it may lead out of the run directory.
     """
-    home = course.run_dir.resolve()
-    paths: list[Path] = []
+    there = {path.name: path for path in course.run_dir.iterdir() if not path.is_symlink()}
     for name in names:
-        path = home / name
-        if Path(name).name != name or path.is_symlink() or not path.exists():
+        if name not in there:
             raise CourseError(f"“{name}” 不是上面列出的名称：这里只删除运行目录里的东西，请从列表里照抄。")
-        paths.append(path)
+    paths = [there[name] for name in names]
     for path in paths:
         if not really:
             print(f"将会删除：{name_and_size(path)}")

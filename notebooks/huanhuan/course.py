@@ -134,7 +134,7 @@ class Course:
         run_dir = _run_dir(name)
         old = _read(run_dir) or {}
         manifest = {"profile": asdict(profile), "reason": reason, "machine": machine(), "versions": versions()}
-        for part in ("files", "results", "notebooks"):
+        for part in ("files", "stamps", "results", "notebooks"):
             manifest[part] = old.get(part, {})
         return cls(profile, reason, run_dir, manifest)
 
@@ -173,8 +173,7 @@ class Course:
         inside = path.is_relative_to(self.run_dir)
         entry = path.relative_to(self.run_dir).as_posix() if inside else str(path)
         stamp = [entry, path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else [entry]
-        files, order = self.manifest["files"], list(MADE_BY)
-        stamps = self.manifest.setdefault("stamps", (_read(self.run_dir) or {}).get("stamps", {}))
+        files, stamps, order = self.manifest["files"], self.manifest["stamps"], list(MADE_BY)
         if name in ("data", "model") and files.get(name) and stamps.get(name) != stamp:
             for later in order[order.index("tokenized") :]:
                 files.pop(later, None)

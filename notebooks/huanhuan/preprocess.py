@@ -39,14 +39,15 @@ def load_rows(path: str | Path) -> pd.DataFrame:
     """
     path = Path(path)
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
+        if not text.strip():
+            raise DatasetError(path, [(0, "", "文件是空的，请先写入对话。")])
+        rows = json.loads(text)
     except OSError as error:
         raise DatasetError(path, [(0, "", f"文件打不开（{error.strerror}），请检查路径。")]) from None
     except UnicodeDecodeError:
         raise DatasetError(path, [(0, "", "文件不是 UTF-8 编码，请用编辑器另存为 UTF-8。")]) from None
     except json.JSONDecodeError as error:
-        if not path.stat().st_size:
-            raise DatasetError(path, [(0, "", "文件是空的，请先写入对话。")]) from None
         where = f"文件第 {error.lineno} 行第 {error.colno} 个字符附近不合 JSON 的写法"
         raise DatasetError(path, [(0, "", f"{where}，请检查逗号、引号和括号。")]) from None
 

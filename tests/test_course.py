@@ -1,0 +1,109 @@
+import json
+
+import pytest
+import torch
+
+from huanhuan.course import Course, CourseError, choose_profile
+
+
+def pretend_gpu(monkeypatch, name, gib, capability):
+    properties = type("Properties", (), {"total_memory": gib * 2**30})
+    monkeypatch.delenv("HUANHUAN_PROFILE")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "gib", "capability", "profile"),
+    [
+        ("Tesla T4", 14.56, (7, 5), "gpu-fp16"),
+        ("NVIDIA A10", 22.5, (8, 6), "gpu-bf16"),
+        ("NVIDIA H200", 139.8, (9, 0), "gpu-bf16"),
+        ("GeForce RTX 3050", 8.0, (8, 6), "cpu-tiny"),
+    ],
+)
+def test_profile_by_real_capability(monkeypatch, gpu, gib, capability, profile):
+    pretend_gpu(monkeypatch, gpu, gib, capability)
+    chosen, reason = choose_profile()
+    assert chosen == profile
+    assert gpu in reason
+
+
+def test_every_profile_takes_16_rows_a_step_and_gpus_the_tutorials_values():
+    from huanhuan.course import PROFILES
+
+    for profile in PROFILES.values():
+        assert profile.micro_batch * profile.accumulation == 16
+        assert (profile.lora_r, profile.lora_alpha, profile.lora_dropout, profile.max_length) == (8, 32, 0.1, 384)
+        if profile.device == "cuda":
+            assert (profile.epochs, profile.learning_rate, profile.micro_batch) == (3, 1e-4, 4)
+
+
+def test_unknown_profile_and_override_are_named(monkeypatch):
+    with pytest.raises(CourseError, match="epoch.*可以改的有.*epochs"):
+        Course.start(epoch=5)
+    monkeypatch.setenv("HUANHUAN_PROFILE", "tpu")
+    with pytest.raises(CourseError, match="tpu.*cpu-tiny"):
+        Course.start()
+
+
+def test_start_writes_nothing(run_dir):
+    Course.start()
+    assert not run_dir.exists()
+
+
+def test_resume_says_what_to_run_first(run_dir, tmp_path):
+    with pytest.raises(CourseError, match="请先运行 01_setup.ipynb"):
+        Course.resume("data")
+    Course.start().keep("data", __file__)
+    assert Course.resume("data").path("data").name == "test_course.py"
+    with pytest.raises(CourseError, match="请先运行 03_train_lora.ipynb"):
+        Course.resume("data", "adapter")
+
+
+def test_overrides_last_until_the_next_start(run_dir):
+    Course.start(epochs=1).keep("data", __file__)
+    assert Course.resume().profile.epochs == 1
+
+
+def test_other_data_makes_later_results_stale(run_dir, tmp_path):
+    first, second = tmp_path / "a.json", tmp_path / "b.json"
+    first.write_text("[]"), second.write_text("[]")
+    course = Course.start()
+    course.keep("data", first)
+    (run_dir / "tokenized").mkdir()
+    course.keep("tokenized", run_dir / "tokenized")
+
+    again = Course.start()
+    again.keep("data", first)
+    assert Course.resume("tokenized")
+
+    again.keep("data", second)
+    with pytest.raises(CourseError, match="02_preprocess"):
+        Course.resume("tokenized")
+    assert (run_dir / "tokenized").exists()
+
+
+def test_set_aside_never_overwrites(run_dir):
+    course = Course.start()
+    for content in ("first", "second", "third"):
+        course.set_aside(run_dir / "llama3_lora")
+        (run_dir / "llama3_lora").mkdir(parents=True)
+        (run_dir / "llama3_lora" / "adapter").write_text(content)
+    kept = {path.read_text() for path in run_dir.glob("llama3_lora*/adapter")}
+    assert kept == {"first", "second", "third"}
+
+
+def test_damaged_manifest_is_explained(run_dir):
+    run_dir.mkdir()
+    (run_dir / "manifest.json").write_text('{"profile": ')
+    with pytest.raises(CourseError, match="manifest.json.*01_setup"):
+        Course.resume()
+
+
+def test_manifest_names_no_path_of_the_run_directory(finished_run):
+    files = json.loads((finished_run.run_dir / "manifest.json").read_text(encoding="utf-8"))["files"]
+    assert files["adapter"] == "llama3_lora"
+    assert files["tokenized"] == "tokenized"

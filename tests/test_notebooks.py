@@ -1,0 +1,201 @@
+"""The notebooks as a whole: their steps, their form, and what happens when they are run."""
+
+import html
+import json
+import re
+import subprocess
+import sys
+
+import nbformat
+import pytest
+from conftest import NOTEBOOKS, ROOT, run_course
+
+BOOKS = sorted(NOTEBOOKS.glob("0*.ipynb"))
+SOURCES = {path.stem: nbformat.read(path, as_version=4) for path in BOOKS}
+CELLS = [(name, cell) for name, book in SOURCES.items() for cell in book.cells]
+
+STEPS = [
+    "1.1-gpu-environment",
+    "1.2-create-notebook",
+    "1.3-rename",
+    "1.3-add-cell",
+    "1.4-upload-dataset",
+    "1.4.1-imports",
+    "1.4.1-dataset",
+    "1.4.1-download",
+    "1.4.2-tokenizer",
+    "1.4.2-process-func",
+    "1.4.2-map",
+    "1.4.2-decode",
+    "1.4.2-load-model",
+    "1.4.2-lora-config",
+    "1.4.2-peft-model",
+    "1.4.2-training-arguments",
+    "1.4.2-trainer",
+    "1.4.2-train",
+    "1.4.2-save",
+    "1.4.3-result",
+    "1.4.4-load-model",
+    "1.4.4-load-adapter",
+    "1.4.4-messages",
+    "1.4.4-chat-template",
+    "1.4.4-generate",
+    "1.4.4-decode",
+    "1.4.5-empty-cache",
+    "2-download-adapter",
+    "2-run-locally",
+    "2-other-questions",
+]
+
+
+def test_every_step_of_the_tutorial_once_and_in_order():
+    tags = [tag for _, cell in CELLS for tag in cell.metadata.get("tags", []) if tag.startswith("tutorial-")]
+    assert tags == [f"tutorial-{step}" for step in STEPS]
+
+
+def test_five_notebooks_stored_clean():
+    assert [path.stem[:2] for path in BOOKS] == ["01", "02", "03", "04", "05"]
+    for name, book in SOURCES.items():
+        nbformat.validate(book)
+        assert book.metadata.kernelspec.name == "python3", name
+    ids = [cell.id for _, cell in CELLS]
+    assert len(ids) == len(set(ids))
+    for name, cell in CELLS:
+        if cell.cell_type == "code":
+            assert not cell.outputs and cell.execution_count is None, (name, cell.id)
+
+
+def test_a_code_cell_fits_the_screen():
+    for name, cell in CELLS:
+        if cell.cell_type == "code":
+            assert len(cell.source.splitlines()) <= 20, (name, cell.id)
+
+
+def test_pictures_are_there_and_described():
+    for name, cell in CELLS:
+        for alt, target in re.findall(r"!\[(.*?)\]\((.*?)\)", cell.source):
+            assert len(alt) > 5, (name, cell.id)
+            assert (NOTEBOOKS / target).is_file(), (name, target)
+
+
+def test_sketches_are_what_the_script_draws():
+    sys.path.insert(0, str(ROOT / "imgs"))
+    from draw import SKETCHES
+
+    assert {path.stem for path in (ROOT / "imgs").glob("ui_*.svg")} == set(SKETCHES)
+    for name, picture in SKETCHES.items():
+        assert (ROOT / "imgs" / f"{name}.svg").read_text(encoding="utf-8") == picture
+
+
+def test_no_absolute_paths_and_no_profile_names_in_code():
+    for name, cell in CELLS:
+        if cell.cell_type == "code":
+            text = cell.source.replace("/content/drive", "")  # where Colab mounts Drive
+            assert not re.search(r"[\"'](/\w|[A-Z]:\\)", text), (name, cell.id)
+            assert "cpu-tiny" not in text and "trust_remote_code" not in text, (name, cell.id)
+
+
+def test_a_notebook_imports_its_own_room_and_the_ground_floor():
+    ground = {"course", "prompt", "show"}
+    rooms = {"01_setup": {"setup", "preprocess"}}  # 01 also checks the dataset, before 6 GB are downloaded for it
+    for name, book in SOURCES.items():
+        code = "\n".join(cell.source for cell in book.cells if cell.cell_type == "code")
+        used = set(re.findall(r"from huanhuan\.(\w+) import", code))
+        for line in re.findall(r"from huanhuan import (.+)", code):
+            used |= {word.strip() for word in line.split(",")}
+        assert used <= ground | rooms.get(name, {name[3:].split("_")[0]}), name
+
+
+def test_one_list_of_packages():
+    required = [line.strip() for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()]
+    required = [line for line in required if line and not line.startswith("#")]
+    conda = re.findall(r'^ {6}- "(.+)"$', (ROOT / "environment.yml").read_text(encoding="utf-8"), re.M)
+    assert conda == required
+    assert "torch" in required  # without a version: a platform's own torch fits its driver
+
+    from packaging.requirements import Requirement
+
+    exact = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").split())
+    for line in required:
+        need = Requirement(line)
+        assert need.specifier.contains(exact[need.name]), line
+
+
+def test_every_notebook_and_test_is_run_by_ci():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert "make test" in (ROOT / ".github" / "workflows" / "cpu.yml").read_text(encoding="utf-8")
+    assert "make test-gpu" in (ROOT / ".github" / "workflows" / "gpu.yml").read_text(encoding="utf-8")
+    assert re.search(r"^test:.*\n(\t.*\n)*\t\$\(BIN\)/pytest$", makefile, re.M)  # no path: all of testpaths
+    found = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    ).stdout
+    for path in [*BOOKS, *(ROOT / "tests").glob("test_*.py")]:
+        assert path.relative_to(ROOT).as_posix() in found, path
+
+
+@pytest.mark.parametrize(
+    ("notebook", "first"),
+    [("02_preprocess", "01_setup"), ("03_train_lora", "01_setup"), ("04_infer", "01_setup"), ("05_cleanup", "01_setup")],
+)
+def test_out_of_order_says_what_to_run_first(tmp_path, notebook, first):
+    done = run_course(notebook, HUANHUAN_OUTPUT=str(tmp_path / "run"))
+    assert done.returncode == 1
+    assert done.stderr.strip() == f"⛔ 这里还没有开始过课程：请先运行 {first}.ipynb。"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_later_notebook_says_which_step_is_missing(finished_run, tmp_path):
+    manifest = json.loads((finished_run.run_dir / "manifest.json").read_text(encoding="utf-8"))
+    for name in ("adapter", "answers", "pack"):
+        del manifest["files"][name]
+    manifest["files"]["tokenized"] = str(finished_run.path("tokenized"))
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    done = run_course("04_infer", HUANHUAN_OUTPUT=str(tmp_path))
+    assert done.returncode == 1
+    assert "请先运行 03_train_lora.ipynb" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [("你好", "JSON"), ('[{"instruction": "a", "input": ""}]', "第 1 条的 output"), ("[]", "一条对话也没有"), ("", "空的")],
+)
+def test_a_bad_dataset_is_one_message_and_nothing_written(tmp_path, content, says):
+    (tmp_path / "mine.json").write_text(content, encoding="utf-8")
+    done = run_course(HUANHUAN_DATA=str(tmp_path / "mine.json"), HUANHUAN_OUTPUT=str(tmp_path / "run"))
+    assert done.returncode == 1
+    assert says in done.stderr and "mine.json" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_04_answers_again_after_a_restart(finished_run):
+    """A new kernel on the same run directory gives the same answers."""
+    before = finished_run.path("answers").read_text(encoding="utf-8")
+    done = run_course("04_infer", "05_cleanup")
+    assert done.returncode == 0, done.stderr
+    assert finished_run.path("answers").read_text(encoding="utf-8") == before
+
+
+def test_executed_copies_are_stamped_and_readable(finished_run):
+    run_course("05_cleanup")
+    page = html.unescape((finished_run.run_dir / "executed" / "05_cleanup.html").read_text(encoding="utf-8"))
+    assert finished_run.manifest["versions"]["transformers"] in page
+    assert "删变量" in page
+
+
+@pytest.mark.gpu
+def test_the_real_model_on_a_gpu(tmp_path):
+    """All five notebooks with the GPU's profile; HUANHUAN_MODEL may name a local folder."""
+    import torch
+
+    assert torch.cuda.is_available(), "this test needs an NVIDIA GPU"
+    environment = {"HUANHUAN_OUTPUT": str(tmp_path / "run"), "HUANHUAN_PROFILE": ""}
+    done = run_course(**environment)
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["profile"]["device"] == "cuda"
+    assert manifest["results"]["eval_loss_after"] < manifest["results"]["eval_loss_before"]
