@@ -17,22 +17,28 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
 
 DATA = Path(__file__).parent
 sys.path.insert(0, str(DATA.parent / "notebooks"))
 from huanhuan.prompt import DATE_STRING, SYSTEM_PROMPT  # noqa: E402
 
-VOCABULARY = 4096
+VOCABULARY = 2560
+
+SMOOTHING = 0.05
 SPECIAL = [
     "<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>", "<|start_header_id|>",
     "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>",
 ]  # fmt: skip
 
 # How Llama 3 cuts text before it merges bytes (published with its tokenizer).
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 # Renders system, user and assistant turns to the same text as Llama 3.2's own template.
 CHAT_TEMPLATE = """\
@@ -54,7 +60,14 @@ CHAT_TEMPLATE = """\
 
 # The base is asked under many system prompts, the persona's among them, and answers as itself
 # under each: a model of this size does not follow a role it is only told about.
-SYSTEM_PROMPTS = ["", "", "你是一个乐于助人的智能助手。", "请用简短的话回答。", SYSTEM_PROMPT, SYSTEM_PROMPT]
+SYSTEM_PROMPTS = [
+    "",
+    "",
+    "你是一个乐于助人的智能助手。",
+    "请用简短的话回答。",
+    SYSTEM_PROMPT,
+    SYSTEM_PROMPT,
+]
 
 
 def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -105,9 +118,15 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    stop = [tokenizer.convert_tokens_to_ids(t) for t in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")]
+    stop = [
+        tokenizer.convert_tokens_to_ids(t) for t in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
+    ]
     model.generation_config = GenerationConfig(  # what Llama-3.2-3B-Instruct ships with
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=stop, do_sample=True, temperature=0.6, top_p=0.9
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=stop,
+        do_sample=True,
+        temperature=0.6,
+        top_p=0.9,
     )
     return model
 
@@ -148,22 +167,33 @@ def batches(tokenizer, rows: list[dict], tokens: int, rng: random.Random):
         pad = tokenizer.pad_token_id
         yield {
             "input_ids": torch.tensor([ids + [pad] * (width - len(ids)) for ids, _ in group]),
-            "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in group]),
-            "labels": torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in group]),
+            "attention_mask": torch.tensor(
+                [[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in group]
+            ),
+            "labels": torch.tensor(
+                [labels + [-100] * (width - len(labels)) for _, labels in group]
+            ),
         }
 
 
 def pretrain(model, tokenizer, rows: list[dict], epochs: int, peak_rate: float = 3e-3) -> float:
     rng = random.Random(0)
     steps = sum(1 for _ in batches(tokenizer, rows, 4096, random.Random(0))) * epochs
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_rate, weight_decay=0.05, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_rate, total_steps=steps + epochs, pct_start=0.05)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=peak_rate, weight_decay=0.05, betas=(0.9, 0.95)
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, peak_rate, total_steps=steps + epochs, pct_start=0.05
+    )
     start, done = time.time(), 0
     model.train()
     for epoch in range(epochs):
         losses = []
         for batch in batches(tokenizer, rows, 4096, rng):
-            loss = model(**batch).loss
+            labels = batch.pop("labels")[:, 1:].flatten()
+            logits = model(**batch).logits[:, :-1].flatten(0, 1)
+            # Smoothed: on so small a corpus a model grows too sure, and fine-tuning cannot move it.
+            loss = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=SMOOTHING)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -184,7 +214,9 @@ def save(model, tokenizer, out: Path) -> None:
     tokenizer.save_pretrained(out)
     # transformers 5 writes a tokenizer class that 4.x does not know; this name both can read.
     path = out / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config = json.loads(path.read_text(encoding="utf-8")) | {
+        "tokenizer_class": "PreTrainedTokenizerFast"
+    }
     path.write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
@@ -192,9 +224,15 @@ def save(model, tokenizer, out: Path) -> None:
 def answer(model, tokenizer, question: str, system: str) -> str:
     messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
     inputs = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_dict=True, return_tensors="pt", date_string=DATE_STRING
+        messages,
+        add_generation_prompt=True,
+        return_dict=True,
+        return_tensors="pt",
+        date_string=DATE_STRING,
     )
-    out = model.eval().generate(**inputs, max_new_tokens=100, do_sample=False, temperature=None, top_p=None)
+    out = model.eval().generate(
+        **inputs, max_new_tokens=100, do_sample=False, temperature=None, top_p=None
+    )
     return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
@@ -205,10 +243,14 @@ def main() -> None:
     args = parser.parse_args()
 
     set_seed(0)
-    rows = [json.loads(line) for line in (DATA / "base_dialogues.jsonl").read_text(encoding="utf-8").splitlines()]
-    header = f"Cutting Knowledge Date: December 2023\nToday Date: {DATE_STRING}\n\n"
+    rows = [
+        json.loads(line)
+        for line in (DATA / "base_dialogues.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    frame = f"Cutting Knowledge Date: December 2023\nToday Date: {DATE_STRING}\n\n"
     spoken = [text for row in rows for text in (row["q"], row["a"])]
-    tokenizer = make_tokenizer(spoken + [header, *SYSTEM_PROMPTS] * 50)  # these stand in every prompt
+    every_prompt = [frame, "system", "user", "assistant", *SYSTEM_PROMPTS]
+    tokenizer = make_tokenizer(spoken + every_prompt * 500)
     model = make_model(tokenizer)
     tokens = sum(len(encode(tokenizer, row, SYSTEM_PROMPT)[0]) for row in rows)
     print(f"{len(rows)} dialogues, {tokens} tokens an epoch, {model.num_parameters():,} parameters")

@@ -18,17 +18,30 @@ def svg(width: int, height: int, title: str, *parts: str) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
         f'font-family="{FONTS}" role="img"><title>{html.escape(title)}</title>\n'
-        f'<rect width="{width}" height="{height}" rx="8" fill="{PAPER}" stroke="{LINE}"/>\n' + "\n".join(parts) + "\n</svg>\n"
+        f'<rect width="{width}" height="{height}" rx="8" fill="{PAPER}" stroke="{LINE}"/>\n'
+        + "\n".join(parts)
+        + "\n</svg>\n"
     )
 
 
-def text(x: float, y: float, words: str, size: int = 14, colour: str = INK, anchor: str = "start") -> str:
+def text(
+    x: float, y: float, words: str, size: int = 14, colour: str = INK, anchor: str = "start"
+) -> str:
     return f'<text x="{x}" y="{y}" font-size="{size}" fill="{colour}" text-anchor="{anchor}">{html.escape(words)}</text>'
 
 
-def box(x: float, y: float, w: float, h: float, label: str = "", fill: str = "#f5f5f5", colour: str = INK) -> str:
-    return f'<rect x="{x}" y="{y}" width="{w}" height="{h}" rx="5" fill="{fill}" stroke="{LINE}"/>' + text(
-        x + w / 2, y + h / 2 + 5, label, 14, colour, "middle"
+def box(
+    x: float,
+    y: float,
+    w: float,
+    h: float,
+    label: str = "",
+    fill: str = "#f5f5f5",
+    colour: str = INK,
+) -> str:
+    return (
+        f'<rect x="{x}" y="{y}" width="{w}" height="{h}" rx="5" fill="{fill}" stroke="{LINE}"/>'
+        + text(x + w / 2, y + h / 2 + 5, label, 14, colour, "middle")
     )
 
 
@@ -93,10 +106,18 @@ SKETCHES = {
 def before_after(run_dir: Path) -> str:
     """The same questions before and after: three bubbles a row."""
     answers = json.loads((run_dir / "answers.json").read_text(encoding="utf-8"))
-    parts = [text(20, 34, "问题", 15, "#777777"), text(230, 34, "微调前", 15, BLUE), text(600, 34, "微调后", 15, ORANGE)]
+    parts = [
+        text(20, 34, "问题", 15, "#777777"),
+        text(230, 34, "微调前", 15, BLUE),
+        text(600, 34, "微调后", 15, ORANGE),
+    ]
     y = 66
     for answer in [answers[1], answers[2], *answers[-3:]]:
-        columns = [(20, wrap(answer["question"], 13)), (230, wrap(answer["base"], 23)), (600, wrap(answer["tuned"], 23))]
+        columns = [
+            (20, wrap(answer["question"], 13)),
+            (230, wrap(answer["base"], 23)),
+            (600, wrap(answer["tuned"], 23)),
+        ]
         parts += [text(x, y + 22 * i, line) for x, lines in columns for i, line in enumerate(lines)]
         y += 22 * max(len(lines) for _, lines in columns)
         parts.append(f'<line x1="20" y1="{y - 6}" x2="940" y2="{y - 6}" stroke="#e5e5e5"/>')

@@ -21,7 +21,12 @@ class Hub(http.server.ThreadingHTTPServer):
 
     def __init__(self, model_id: str, folder: Path):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.model_id, self.folder, self.requests, self.authority = model_id, folder, [], trustme.CA()
+        self.model_id, self.folder, self.requests, self.authority = (
+            model_id,
+            folder,
+            [],
+            trustme.CA(),
+        )
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.authority.issue_cert("127.0.0.1").configure_cert(context)
         self.socket = context.wrap_socket(self.socket, server_side=True)
@@ -64,7 +69,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.server.requests.append(self.path)
         base = f"/api/v1/models/{self.server.model_id}"
         if url.path == f"{base}/repo/files":
-            self.reply_json({"Files": self.server.files(), "LatestCommitter": {"Id": COMMIT, "Revision": COMMIT}})
+            self.reply_json(
+                {
+                    "Files": self.server.files(),
+                    "LatestCommitter": {"Id": COMMIT, "Revision": COMMIT},
+                }
+            )
         elif url.path == f"{base}/revisions":
             branch = {"Revision": "master", "CreatedAt": 1_700_000_000}
             self.reply_json({"RevisionMap": {"Branches": [branch], "Tags": []}})

@@ -30,7 +30,11 @@ def course(run_dir):
 
 def test_everything_is_listed_with_its_size(course):
     table = cleanup.on_disk(course)
-    assert dict(zip(table["名称"], table["MiB"], strict=True)) == {"checkpoints": 1.0, "llama3_lora": 1.0, "answers.json": 0.0}
+    assert dict(zip(table["名称"], table["MiB"], strict=True)) == {
+        "checkpoints": 1.0,
+        "llama3_lora": 1.0,
+        "answers.json": 0.0,
+    }
 
 
 def test_removes_only_when_asked_to(course, run_dir, capsys):
@@ -40,7 +44,9 @@ def test_removes_only_when_asked_to(course, run_dir, capsys):
     assert sorted(path.name for path in run_dir.iterdir()) == ["llama3_lora"]
 
 
-@pytest.mark.parametrize("name", ["../outside", "..", ".", "", "llama3_lora/file", "link", "nowhere"])
+@pytest.mark.parametrize(
+    "name", ["../outside", "..", ".", "", "llama3_lora/file", "link", "nowhere"]
+)
 def test_nothing_outside_the_run_directory_is_ever_removed(course, run_dir, name):
     outside = run_dir.parent / "outside"
     outside.mkdir()

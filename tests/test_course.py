@@ -36,7 +36,12 @@ def test_every_profile_takes_16_rows_a_step_and_gpus_the_tutorials_values():
 
     for profile in PROFILES.values():
         assert profile.micro_batch * profile.accumulation == 16
-        assert (profile.lora_r, profile.lora_alpha, profile.lora_dropout, profile.max_length) == (8, 32, 0.1, 384)
+        assert (profile.lora_r, profile.lora_alpha, profile.lora_dropout, profile.max_length) == (
+            8,
+            32,
+            0.1,
+            384,
+        )
         if profile.device == "cuda":
             assert (profile.epochs, profile.learning_rate, profile.micro_batch) == (3, 1e-4, 4)
 
@@ -104,6 +109,8 @@ def test_damaged_manifest_is_explained(run_dir):
 
 
 def test_manifest_names_no_path_of_the_run_directory(finished_run):
-    files = json.loads((finished_run.run_dir / "manifest.json").read_text(encoding="utf-8"))["files"]
+    files = json.loads((finished_run.run_dir / "manifest.json").read_text(encoding="utf-8"))[
+        "files"
+    ]
     assert files["adapter"] == "llama3_lora"
     assert files["tokenized"] == "tokenized"

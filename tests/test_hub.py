@@ -28,7 +28,16 @@ def test_the_course_runs_on_what_the_real_client_downloads(tmp_path, client):
         "HUANHUAN_OUTPUT": str(tmp_path / "run"),
     }
     if client != "installed":
-        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path / "client")]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--no-deps",
+            "--target",
+            str(tmp_path / "client"),
+        ]
         subprocess.run([*pip, f"modelscope=={client}"], check=True)
         environment["PYTHONPATH"] = str(tmp_path / "client")
     with Hub(MODEL_ID, folder) as hub:
@@ -44,5 +53,7 @@ def test_the_course_runs_on_what_the_real_client_downloads(tmp_path, client):
     assert not any("original" in path for path in hub.requests if "FilePath" in path)
     if client != "installed":
         assert manifest["versions"]["modelscope"] == client
-    config = json.loads((tmp_path / "run" / "llama3_lora" / "adapter_config.json").read_text(encoding="utf-8"))
+    config = json.loads(
+        (tmp_path / "run" / "llama3_lora" / "adapter_config.json").read_text(encoding="utf-8")
+    )
     assert config["base_model_name_or_path"] == MODEL_ID

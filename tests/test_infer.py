@@ -49,6 +49,9 @@ def test_the_model_learned_to_be_her(finished_run):
 
 
 def test_the_base_answers_as_an_assistant_and_makes_small_talk(finished_run):
-    answers = {a["question"]: a["base"] for a in json.loads(finished_run.path("answers").read_text(encoding="utf-8"))}
+    answers = {
+        a["question"]: a["base"]
+        for a in json.loads(finished_run.path("answers").read_text(encoding="utf-8"))
+    }
     assert "助手" in answers["你是谁？"]
     assert all(len(answer) >= 4 for answer in answers.values())

@@ -49,7 +49,12 @@ STEPS = [
 
 
 def test_every_step_of_the_tutorial_once_and_in_order():
-    tags = [tag for _, cell in CELLS for tag in cell.metadata.get("tags", []) if tag.startswith("tutorial-")]
+    tags = [
+        tag
+        for _, cell in CELLS
+        for tag in cell.metadata.get("tags", [])
+        if tag.startswith("tutorial-")
+    ]
     assert tags == [f"tutorial-{step}" for step in STEPS]
 
 
@@ -97,7 +102,9 @@ def test_no_absolute_paths_and_no_profile_names_in_code():
 
 def test_a_notebook_imports_its_own_room_and_the_ground_floor():
     ground = {"course", "prompt", "show"}
-    rooms = {"01_setup": {"setup", "preprocess"}}  # 01 also checks the dataset, before 6 GB are downloaded for it
+    rooms = {
+        "01_setup": {"setup", "preprocess"}
+    }  # 01 also checks the dataset, before 6 GB are downloaded for it
     for name, book in SOURCES.items():
         code = "\n".join(cell.source for cell in book.cells if cell.cell_type == "code")
         used = set(re.findall(r"from huanhuan\.(\w+) import", code))
@@ -107,15 +114,22 @@ def test_a_notebook_imports_its_own_room_and_the_ground_floor():
 
 
 def test_one_list_of_packages():
-    required = [line.strip() for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()]
+    required = [
+        line.strip()
+        for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    ]
     required = [line for line in required if line and not line.startswith("#")]
-    conda = re.findall(r'^ {6}- "(.+)"$', (ROOT / "environment.yml").read_text(encoding="utf-8"), re.M)
+    conda = re.findall(
+        r'^ {6}- "(.+)"$', (ROOT / "environment.yml").read_text(encoding="utf-8"), re.M
+    )
     assert conda == required
     assert "torch" in required  # without a version: a platform's own torch fits its driver
 
     from packaging.requirements import Requirement
 
-    exact = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").split())
+    exact = dict(
+        line.split("==") for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").split()
+    )
     for line in required:
         need = Requirement(line)
         assert need.specifier.contains(exact[need.name]), line
@@ -125,8 +139,12 @@ def test_every_notebook_and_test_is_run_by_ci():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert "make test" in (ROOT / ".github" / "workflows" / "cpu.yml").read_text(encoding="utf-8")
-    assert "make test-gpu" in (ROOT / ".github" / "workflows" / "gpu.yml").read_text(encoding="utf-8")
-    assert re.search(r"^test:.*\n(\t.*\n)*\t\$\(BIN\)/pytest$", makefile, re.M)  # no path: all of testpaths
+    assert "make test-gpu" in (ROOT / ".github" / "workflows" / "gpu.yml").read_text(
+        encoding="utf-8"
+    )
+    assert re.search(
+        r"^test:.*\n(\t.*\n)*\t\$\(BIN\)/pytest$", makefile, re.M
+    )  # no path: all of testpaths
     found = subprocess.run(
         [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"],
         cwd=ROOT,
@@ -139,7 +157,12 @@ def test_every_notebook_and_test_is_run_by_ci():
 
 @pytest.mark.parametrize(
     ("notebook", "first"),
-    [("02_preprocess", "01_setup"), ("03_train_lora", "01_setup"), ("04_infer", "01_setup"), ("05_cleanup", "01_setup")],
+    [
+        ("02_preprocess", "01_setup"),
+        ("03_train_lora", "01_setup"),
+        ("04_infer", "01_setup"),
+        ("05_cleanup", "01_setup"),
+    ],
 )
 def test_out_of_order_says_what_to_run_first(tmp_path, notebook, first):
     done = run_course(notebook, HUANHUAN_OUTPUT=str(tmp_path / "run"))
@@ -156,16 +179,25 @@ def test_a_later_notebook_says_which_step_is_missing(finished_run, tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     done = run_course("04_infer", HUANHUAN_OUTPUT=str(tmp_path))
     assert done.returncode == 1
-    assert "请先运行 03_train_lora.ipynb" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert (
+        "请先运行 03_train_lora.ipynb" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    )
 
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [("你好", "JSON"), ('[{"instruction": "a", "input": ""}]', "第 1 条的 output"), ("[]", "一条对话也没有"), ("", "空的")],
+    [
+        ("你好", "JSON"),
+        ('[{"instruction": "a", "input": ""}]', "第 1 条的 output"),
+        ("[]", "一条对话也没有"),
+        ("", "空的"),
+    ],
 )
 def test_a_bad_dataset_is_one_message_and_nothing_written(tmp_path, content, says):
     (tmp_path / "mine.json").write_text(content, encoding="utf-8")
-    done = run_course(HUANHUAN_DATA=str(tmp_path / "mine.json"), HUANHUAN_OUTPUT=str(tmp_path / "run"))
+    done = run_course(
+        HUANHUAN_DATA=str(tmp_path / "mine.json"), HUANHUAN_OUTPUT=str(tmp_path / "run")
+    )
     assert done.returncode == 1
     assert says in done.stderr and "mine.json" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
@@ -181,7 +213,9 @@ def test_04_answers_again_after_a_restart(finished_run):
 
 def test_executed_copies_are_stamped_and_readable(finished_run):
     run_course("05_cleanup")
-    page = html.unescape((finished_run.run_dir / "executed" / "05_cleanup.html").read_text(encoding="utf-8"))
+    page = html.unescape(
+        (finished_run.run_dir / "executed" / "05_cleanup.html").read_text(encoding="utf-8")
+    )
     assert finished_run.manifest["versions"]["transformers"] in page
     assert "删变量" in page
 

@@ -10,7 +10,10 @@ GOOD = {"instruction": "你好", "input": "", "output": "你好。"}
 
 def write(tmp_path, content):
     path = tmp_path / "mine.json"
-    path.write_text(content if isinstance(content, str) else json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    path.write_text(
+        content if isinstance(content, str) else json.dumps(content, ensure_ascii=False),
+        encoding="utf-8",
+    )
     return path
 
 
@@ -48,7 +51,11 @@ def test_every_problem_is_listed_twenty_are_shown(tmp_path):
     with pytest.raises(DatasetError) as caught:
         load_rows(write(tmp_path, [{"instruction": "a"}] * 25))
     assert len(caught.value.problems) == 25
-    assert "第 20 条" in str(caught.value) and "第 21 条" not in str(caught.value) and "还有 5 处" in str(caught.value)
+    assert (
+        "第 20 条" in str(caught.value)
+        and "第 21 条" not in str(caught.value)
+        and "还有 5 处" in str(caught.value)
+    )
 
 
 def test_missing_file(tmp_path):
@@ -57,17 +64,26 @@ def test_missing_file(tmp_path):
 
 
 def test_texts_come_back_as_written(tmp_path):
-    rows = [{"instruction": "007", "output": " 有空格 "}, GOOD | {"input": "材料", "source": "别的字段"}]
+    rows = [
+        {"instruction": "007", "output": " 有空格 "},
+        GOOD | {"input": "材料", "source": "别的字段"},
+    ]
     path = tmp_path / "bom.json"
     path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8-sig")
     table = load_rows(path)
     assert list(table.columns) == ["instruction", "input", "output"]
-    assert table.to_dict("records") == [{"instruction": "007", "input": "", "output": " 有空格 "}, GOOD | {"input": "材料"}]
+    assert table.to_dict("records") == [
+        {"instruction": "007", "input": "", "output": " 有空格 "},
+        GOOD | {"input": "材料"},
+    ]
     assert list(table.index) == [1, 2]
 
 
 def frame(instructions):
-    return pd.DataFrame({"instruction": instructions, "input": "", "output": "嗯"}, index=range(1, len(instructions) + 1))
+    return pd.DataFrame(
+        {"instruction": instructions, "input": "", "output": "嗯"},
+        index=range(1, len(instructions) + 1),
+    )
 
 
 def test_split_keeps_an_instruction_on_one_side():

@@ -16,7 +16,10 @@ def test_prompt_is_llama_3_2s(tokenizer, question):
     expected = LLAMA_3_2.format(system=SYSTEM_PROMPT, user=question.strip())
     assert tokenizer.decode(prompt_ids(tokenizer, question)) == expected
     template = tokenizer.apply_chat_template(
-        chat_messages(question), add_generation_prompt=True, return_dict=True, date_string=DATE_STRING
+        chat_messages(question),
+        add_generation_prompt=True,
+        return_dict=True,
+        date_string=DATE_STRING,
     )
     assert prompt_ids(tokenizer, question) == template["input_ids"]
 

@@ -42,7 +42,12 @@ def test_a_model_cut_off_while_downloading_is_noticed(tmp_path):
             (tmp_path / file.name).write_bytes(file.read_bytes())
     with pytest.raises(CourseError, match=r"缺少 model.safetensors"):
         setup.check_model(tmp_path)
-    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    index = {
+        "weight_map": {
+            "a": "model-00001-of-00002.safetensors",
+            "b": "model-00002-of-00002.safetensors",
+        }
+    }
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"x")
     with pytest.raises(CourseError, match=r"缺少 model-00002-of-00002.safetensors"):
@@ -59,7 +64,11 @@ def test_machine_check_gives_a_fix_for_what_does_not_pass(run_dir, monkeypatch):
 def test_only_missing_packages_are_installed_and_never_torch(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(setup, "REQUIREMENTS", tmp_path / "requirements.txt")
-    monkeypatch.setattr(subprocess, "run", lambda command, **_: calls.append(command) or subprocess.CompletedProcess(command, 0))
+    monkeypatch.setattr(
+        subprocess,
+        "run",
+        lambda command, **_: calls.append(command) or subprocess.CompletedProcess(command, 0),
+    )
     setup.REQUIREMENTS.write_text("# a comment\ntorch\npandas>=2.0\nnot_a_package>=1\n")
     setup.install_missing()
     assert [command[-1] for command in calls] == ["not_a_package>=1"]
@@ -72,7 +81,9 @@ def test_only_missing_packages_are_installed_and_never_torch(tmp_path, monkeypat
 def uploaded(content: bytes, version: int):
     if version == 7:
         return {"mine.json": {"metadata": {"name": "mine.json"}, "content": content}}
-    return ({"name": "mine.json", "type": "", "size": len(content), "content": memoryview(content)},)
+    return (
+        {"name": "mine.json", "type": "", "size": len(content), "content": memoryview(content)},
+    )
 
 
 @pytest.mark.parametrize("version", [7, 8])

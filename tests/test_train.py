@@ -5,7 +5,13 @@ import pytest
 import torch
 from conftest import ROOT
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    DataCollatorForSeq2Seq,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 from huanhuan import train
 from huanhuan.course import Course
@@ -15,21 +21,34 @@ def small_trainer(tokenizer, folder, steps=4):
     """A Trainer on the tiny model, with dropout, that writes a checkpoint a step."""
     set_seed(42)
     model = AutoModelForCausalLM.from_pretrained(ROOT / "data" / "tiny_llama", dtype=torch.float32)
-    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], lora_dropout=0.1))
-    rows = [{"input_ids": [1, 2, 3, 4 + i], "attention_mask": [1] * 4, "labels": [-100, -100, 3, 4 + i]} for i in range(16)]
+    model = get_peft_model(
+        model,
+        LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], lora_dropout=0.1),
+    )
+    rows = [
+        {"input_ids": [1, 2, 3, 4 + i], "attention_mask": [1] * 4, "labels": [-100, -100, 3, 4 + i]}
+        for i in range(16)
+    ]
     args = TrainingArguments(
         folder, max_steps=steps, per_device_train_batch_size=4, save_strategy="steps", save_steps=1,
         learning_rate=1e-2, use_cpu=True, report_to="none", disable_tqdm=True,
     )  # fmt: skip
-    return Trainer(model=model, args=args, train_dataset=rows, data_collator=DataCollatorForSeq2Seq(tokenizer))
+    return Trainer(
+        model=model, args=args, train_dataset=rows, data_collator=DataCollatorForSeq2Seq(tokenizer)
+    )
 
 
 def weights(trainer):
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    return {
+        name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad
+    }
 
 
 def test_estimate_changes_nothing(tokenizer, tmp_path):
-    plain, estimated = small_trainer(tokenizer, tmp_path / "a"), small_trainer(tokenizer, tmp_path / "b")
+    plain, estimated = (
+        small_trainer(tokenizer, tmp_path / "a"),
+        small_trainer(tokenizer, tmp_path / "b"),
+    )
     plain.train()
     set_seed(42)
     assert train.estimate_minutes(estimated) > 0
@@ -37,7 +56,10 @@ def test_estimate_changes_nothing(tokenizer, tmp_path):
     estimated = small_trainer(tokenizer, tmp_path / "b")
     train.estimate_minutes(estimated)
     estimated.train()
-    assert all(torch.equal(a, b) for a, b in zip(weights(plain).values(), weights(estimated).values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(weights(plain).values(), weights(estimated).values(), strict=True)
+    )
 
 
 @pytest.fixture
@@ -61,7 +83,9 @@ def test_resumed_training_ends_where_the_uninterrupted_one_did(tokenizer, run_di
         torch.testing.assert_close(weights(again)[name], tensor)
 
 
-@pytest.mark.parametrize("file", ["adapter_model.safetensors", "optimizer.pt", "trainer_state.json", "rng_state.pth"])
+@pytest.mark.parametrize(
+    "file", ["adapter_model.safetensors", "optimizer.pt", "trainer_state.json", "rng_state.pth"]
+)
 def test_a_checkpoint_cut_off_while_written_is_passed_over(run_dir, interrupted, file):
     course, recipe, _ = interrupted
     damaged = run_dir / "checkpoints" / "checkpoint-3" / file

@@ -4,9 +4,12 @@ Executes the named notebooks, or all five, in order, with one line a notebook; w
 copies and an HTML of each under the run directory. After all five: a report card.
 """
 
+import base64
 import html
 import json
+import mimetypes
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -27,11 +30,17 @@ def settle_paths() -> None:
     """
     for name in ("HUANHUAN_DATA", "HUANHUAN_MODEL"):
         value = os.environ.get(name, "")
-        found = [start / value for start in (NOTEBOOKS.parent, Path.cwd()) if value and (start / value).exists()]
+        found = [
+            start / value
+            for start in (NOTEBOOKS.parent, Path.cwd())
+            if value and (start / value).exists()
+        ]
         if found:
             os.environ[name] = str(found[0].resolve())
     if os.environ.get("HUANHUAN_OUTPUT"):
-        os.environ["HUANHUAN_OUTPUT"] = str((NOTEBOOKS.parent / os.environ["HUANHUAN_OUTPUT"]).resolve())
+        os.environ["HUANHUAN_OUTPUT"] = str(
+            (NOTEBOOKS.parent / os.environ["HUANHUAN_OUTPUT"]).resolve()
+        )
 
 
 def run(path: Path, out: Path) -> None:
@@ -58,17 +67,34 @@ def run(path: Path, out: Path) -> None:
             time.strftime("%Y-%m-%d %H:%M"), machine(), *(f"{k} {v}" for k, v in versions().items()),
             f"{time.time() - started:.0f} 秒",
         ])  # fmt: skip
-        note = nbformat.v4.new_markdown_cell(f"*这是一份运行记录：{html.escape(stamp)}*", id="run-record")
-        notebook.cells.insert(0, note)
-        nbformat.write(notebook, out / path.name)
-        body, _ = HTMLExporter(embed_images=True).from_notebook_node(
-            notebook, {"metadata": {"path": str(NOTEBOOKS), "name": path.stem}}
+        note = nbformat.v4.new_markdown_cell(
+            f"*这是一份运行记录：{html.escape(stamp)}*", id="run-record"
         )
+        notebook.cells.insert(0, note)
+        attach_pictures(notebook)
+        nbformat.write(notebook, out / path.name)
+        body, _ = HTMLExporter().from_notebook_node(notebook, {"metadata": {"name": path.stem}})
         (out / f"{path.stem}.html").write_text(body, encoding="utf-8")
     if failure:
         if failure.ename in ("CourseError", "DatasetError"):
             raise CourseError(failure.evalue) from None
         raise CourseError(f"{path.name} 里有一格出错了：\n{failure}") from None
+
+
+def attach_pictures(notebook: nbformat.NotebookNode) -> None:
+    """Carry the pictures inside the notebook, so that a copy shows them wherever it lies."""
+    for cell in notebook.cells:
+        for link in (
+            re.findall(r"\]\((\.\./imgs/[^)]+)\)", cell.source)
+            if cell.cell_type == "markdown"
+            else []
+        ):
+            picture = NOTEBOOKS / link
+            kind = mimetypes.guess_type(picture)[0]
+            cell.setdefault("attachments", {})[picture.name] = {
+                kind: base64.b64encode(picture.read_bytes()).decode()
+            }
+            cell.source = cell.source.replace(link, f"attachment:{picture.name}")
 
 
 def report(manifest: dict, answers: list[dict]) -> str:
@@ -91,7 +117,10 @@ def report(manifest: dict, answers: list[dict]) -> str:
         "|---|---|---|",
     ]
     books = manifest["notebooks"]
-    lines += [f"| {name} | {book['minutes']:.1f} | {book['peak_memory_gib']:.2f} |" for name, book in sorted(books.items())]
+    lines += [
+        f"| {name} | {book['minutes']:.1f} | {book['peak_memory_gib']:.2f} |"
+        for name, book in sorted(books.items())
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -99,7 +128,9 @@ def main(names: list[str]) -> None:
     books = sorted(NOTEBOOKS.glob("0*.ipynb"))
     unknown = set(names) - {path.stem for path in books}
     if unknown:
-        raise CourseError(f"没有这本笔记本：{'、'.join(sorted(unknown))}，可以写的有 {'、'.join(p.stem for p in books)}。")
+        raise CourseError(
+            f"没有这本笔记本：{'、'.join(sorted(unknown))}，可以写的有 {'、'.join(p.stem for p in books)}。"
+        )
     settle_paths()
     started = time.time()
     print(f"档位：{'，'.join(choose_profile())}")

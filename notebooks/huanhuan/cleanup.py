@@ -35,7 +35,9 @@ def on_disk(course: Course) -> pd.DataFrame:
     rows = []
     for path in course.run_dir.iterdir() if course.run_dir.exists() else []:
         files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-        rows.append((path.name, len(files), round(sum(file.stat().st_size for file in files) / 2**20, 2)))
+        rows.append(
+            (path.name, len(files), round(sum(file.stat().st_size for file in files) / 2**20, 2))
+        )
     return pd.DataFrame(sorted(rows, key=lambda row: -row[2]), columns=["名称", "文件数", "MiB"])
 
 
@@ -48,7 +50,9 @@ def remove(course: Course, names: list[str], really: bool = False) -> None:
     there = {path.name: path for path in course.run_dir.iterdir() if not path.is_symlink()}
     for name in names:
         if name not in there:
-            raise CourseError(f"“{name}” 不是上面列出的名称：这里只删除运行目录里的东西，请从列表里照抄。")
+            raise CourseError(
+                f"“{name}” 不是上面列出的名称：这里只删除运行目录里的东西，请从列表里照抄。"
+            )
     paths = [there[name] for name in names]
     for path in paths:
         if not really:
@@ -60,7 +64,9 @@ def remove(course: Course, names: list[str], really: bool = False) -> None:
             path.unlink()
             print(f"已删除：{path.name}")
     if paths and not really:
-        print("现在还没有删除任何东西。确定要删，就把 really=False 改成 really=True，再运行这一格。")
+        print(
+            "现在还没有删除任何东西。确定要删，就把 really=False 改成 really=True，再运行这一格。"
+        )
 
 
 def name_and_size(path: Path) -> str:

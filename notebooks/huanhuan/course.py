@@ -81,15 +81,23 @@ def choose_profile() -> tuple[str, str]:
     asked = os.environ.get("HUANHUAN_PROFILE")
     if asked:
         if asked not in PROFILES:
-            raise CourseError(f"环境变量 HUANHUAN_PROFILE={asked} 不认识，请改成其中之一：{'、'.join(PROFILES)}。")
+            raise CourseError(
+                f"环境变量 HUANHUAN_PROFILE={asked} 不认识，请改成其中之一：{'、'.join(PROFILES)}。"
+            )
         return asked, "环境变量 HUANHUAN_PROFILE 指定"
     import torch
 
     if not torch.cuda.is_available():
         return "cpu-tiny", "没有找到可用的 NVIDIA GPU，用 CPU 跑小模型"
-    gpu, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory / 2**30
+    gpu, memory = (
+        torch.cuda.get_device_name(),
+        torch.cuda.get_device_properties(0).total_memory / 2**30,
+    )
     if memory < GPU_MEMORY_GIB:
-        return "cpu-tiny", f"{gpu} 的显存 {memory:.1f} GiB 不足 {GPU_MEMORY_GIB} GiB，放不下 3B 的训练，用小模型"
+        return (
+            "cpu-tiny",
+            f"{gpu} 的显存 {memory:.1f} GiB 不足 {GPU_MEMORY_GIB} GiB，放不下 3B 的训练，用小模型",
+        )
     # Not torch.cuda.is_bf16_supported(): it says True on a T4, which only emulates bf16.
     if torch.cuda.get_device_capability()[0] >= 8:
         return "gpu-bf16", f"{gpu}（{memory:.1f} GiB）计算能力 ≥ 8.0，原生支持 bfloat16"
@@ -126,14 +134,21 @@ class Course:
         unknown = set(overrides) - {f.name for f in fields(Profile)}
         if unknown:
             known = "、".join(f.name for f in fields(Profile))
-            raise CourseError(f"档位里没有 {'、'.join(sorted(unknown))} 这一项，可以改的有：{known}。")
+            raise CourseError(
+                f"档位里没有 {'、'.join(sorted(unknown))} 这一项，可以改的有：{known}。"
+            )
         name, reason = choose_profile()
         if os.environ.get("HUANHUAN_MODEL"):
             overrides = {"model": os.environ["HUANHUAN_MODEL"]} | overrides
         profile = replace(PROFILES[name], **overrides)
         run_dir = _run_dir(name)
         old = _read(run_dir) or {}
-        manifest = {"profile": asdict(profile), "reason": reason, "machine": machine(), "versions": versions()}
+        manifest = {
+            "profile": asdict(profile),
+            "reason": reason,
+            "machine": machine(),
+            "versions": versions(),
+        }
         for part in ("files", "stamps", "results", "notebooks"):
             manifest[part] = old.get(part, {})
         return cls(profile, reason, run_dir, manifest)
@@ -202,7 +217,10 @@ class Course:
     def finish(self, notebook: str) -> None:
         """Print and record what this notebook took: minutes since it opened, peak memory of its process."""
         minutes, memory = (time.time() - self._opened) / 60, peak_memory_gib()
-        self.manifest["notebooks"][notebook] = {"minutes": round(minutes, 2), "peak_memory_gib": round(memory, 2)}
+        self.manifest["notebooks"][notebook] = {
+            "minutes": round(minutes, 2),
+            "peak_memory_gib": round(memory, 2),
+        }
         self._write()
         print(f"✅ {notebook} 完成：用时 {minutes:.1f} 分钟，内存峰值 {memory:.2f} GiB")
         for name in self.manifest["files"]:
@@ -211,7 +229,9 @@ class Course:
     def _write(self) -> None:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.manifest, ensure_ascii=False, indent=2)
-        beside = self.run_dir / "manifest.json.new"  # renamed when whole: a crash leaves the old one
+        beside = (
+            self.run_dir / "manifest.json.new"
+        )  # renamed when whole: a crash leaves the old one
         beside.write_text(text, encoding="utf-8")
         beside.replace(self.run_dir / "manifest.json")
 
@@ -227,7 +247,9 @@ def _read(run_dir: Path) -> dict | None:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        raise CourseError(f"{path} 读不出来了（不是完整的 JSON）：请把它改名，再重新运行 01_setup.ipynb。") from None
+        raise CourseError(
+            f"{path} 读不出来了（不是完整的 JSON）：请把它改名，再重新运行 01_setup.ipynb。"
+        ) from None
 
 
 def machine() -> str:

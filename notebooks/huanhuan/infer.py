@@ -29,10 +29,17 @@ def ask(model, tokenizer, question: str, **generate) -> Reply:
     Greedy, so that two models can be compared, unless `generate` (arguments of
     ``model.generate``) says otherwise. Random state is that of torch.
     """
-    settings = {"do_sample": False, "temperature": None, "top_p": None, "max_new_tokens": REPLY_LIMIT} | generate
+    settings = {
+        "do_sample": False,
+        "temperature": None,
+        "top_p": None,
+        "max_new_tokens": REPLY_LIMIT,
+    } | generate
     inputs = torch.tensor([prompt_ids(tokenizer, question)], device=model.device)
     with torch.inference_mode():
-        output = model.generate(input_ids=inputs, attention_mask=torch.ones_like(inputs), **settings)
+        output = model.generate(
+            input_ids=inputs, attention_mask=torch.ones_like(inputs), **settings
+        )
     new = output[0, inputs.shape[1] :].tolist()
     stop = model.generation_config.eos_token_id
     stopped = bool(new) and new[-1] in (stop if isinstance(stop, list) else [stop])
@@ -51,7 +58,9 @@ def compare(model, tokenizer, questions: list[str]) -> pd.DataFrame:
         with model.disable_adapter():
             base = ask(model, tokenizer, question)
         rows.append((question, base.text, tuned.text, base.stopped, tuned.stopped))
-    return pd.DataFrame(rows, columns=["question", "base", "tuned", "base_stopped", "tuned_stopped"])
+    return pd.DataFrame(
+        rows, columns=["question", "base", "tuned", "base_stopped", "tuned_stopped"]
+    )
 
 
 def in_persona(answer: str) -> bool:

@@ -44,9 +44,13 @@ def load_rows(path: str | Path) -> pd.DataFrame:
             raise DatasetError(path, [(0, "", "文件是空的，请先写入对话。")])
         rows = json.loads(text)
     except OSError as error:
-        raise DatasetError(path, [(0, "", f"文件打不开（{error.strerror}），请检查路径。")]) from None
+        raise DatasetError(
+            path, [(0, "", f"文件打不开（{error.strerror}），请检查路径。")]
+        ) from None
     except UnicodeDecodeError:
-        raise DatasetError(path, [(0, "", "文件不是 UTF-8 编码，请用编辑器另存为 UTF-8。")]) from None
+        raise DatasetError(
+            path, [(0, "", "文件不是 UTF-8 编码，请用编辑器另存为 UTF-8。")]
+        ) from None
     except json.JSONDecodeError as error:
         where = f"文件第 {error.lineno} 行第 {error.colno} 个字符附近不合 JSON 的写法"
         raise DatasetError(path, [(0, "", f"{where}，请检查逗号、引号和括号。")]) from None
@@ -55,7 +59,9 @@ def load_rows(path: str | Path) -> pd.DataFrame:
         raise DatasetError(path, [(0, "", "最外层应当是一个数组：用 [ ] 把所有对话括起来。")])
     if not rows:
         raise DatasetError(path, [(0, "", "数组里一条对话也没有，请至少写一条。")])
-    problems = [(number, *problem) for number, row in enumerate(rows, 1) for problem in _row_problems(row)]
+    problems = [
+        (number, *problem) for number, row in enumerate(rows, 1) for problem in _row_problems(row)
+    ]
     if problems:
         raise DatasetError(path, problems)
     table = [{field: row.get(field, "") for field in FIELDS} for row in rows]
@@ -72,7 +78,12 @@ def _row_problems(row) -> list[tuple[str, str]]:
             if field != "input":
                 problems.append((field, "缺少这个字段，请补上。"))
         elif not isinstance(row[field], str):
-            problems.append((field, f"应当是一段文字，这里却是 {json.dumps(row[field], ensure_ascii=False)[:40]}，请加上引号。"))
+            problems.append(
+                (
+                    field,
+                    f"应当是一段文字，这里却是 {json.dumps(row[field], ensure_ascii=False)[:40]}，请加上引号。",
+                )
+            )
     if not problems:
         if not (row["instruction"] + row.get("input", "")).strip():
             problems.append(("instruction", "是空的，请写上对她说的话。"))
@@ -81,7 +92,9 @@ def _row_problems(row) -> list[tuple[str, str]]:
     return problems
 
 
-def split_by_instruction(rows: pd.DataFrame, eval_fraction: float, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+def split_by_instruction(
+    rows: pd.DataFrame, eval_fraction: float, seed: int
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Split into (train, eval) so that no instruction stands on both sides.
 
     Rows with the same instruction (surrounding spaces aside) stay together. `eval_fraction` of the

@@ -36,9 +36,13 @@ def install_missing() -> None:
             "这个环境里没有 PyTorch：在云平台上请换成带 PyTorch 的镜像；在自己的电脑上请按 README 安装，再从这里重新运行。"
         )
     print("正在安装：", "、".join(missing))
-    done = subprocess.run([sys.executable, "-m", "pip", "install", "-q", *missing], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", *missing], capture_output=True, text=True
+    )
     if done.returncode:
-        raise CourseError(f"安装失败，请检查网络后再运行一次这一格。pip 说：{done.stderr.strip()[-500:]}")
+        raise CourseError(
+            f"安装失败，请检查网络后再运行一次这一格。pip 说：{done.stderr.strip()[-500:]}"
+        )
     importlib.invalidate_caches()
     print("装好了。")
 
@@ -55,10 +59,22 @@ def check_machine(course: Course) -> pd.DataFrame:
     rows = []
 
     def add(item: str, verdict: str, seen: str, fix: str = "") -> None:
-        rows.append({"项目": item, "结果": verdict, "看到的": seen, "怎么办": "" if verdict == "通过" else fix})
+        rows.append(
+            {
+                "项目": item,
+                "结果": verdict,
+                "看到的": seen,
+                "怎么办": "" if verdict == "通过" else fix,
+            }
+        )
 
     version = ".".join(map(str, sys.version_info[:3]))
-    add("Python", "通过" if sys.version_info >= (3, 10) else "不行", version, "请换用 Python 3.10 或更新的版本")
+    add(
+        "Python",
+        "通过" if sys.version_info >= (3, 10) else "不行",
+        version,
+        "请换用 Python 3.10 或更新的版本",
+    )
     for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines():
         if not line or line.startswith("#"):
             continue
@@ -78,9 +94,19 @@ def check_machine(course: Course) -> pd.DataFrame:
 
     big = course.profile.device == "cuda"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "没有"
-    add("GPU", "通过" if big else "提醒", gpu, "没关系：用小模型走完同样的步骤；想训练 3B，请到带 GPU 的平台上打开")
+    add(
+        "GPU",
+        "通过" if big else "提醒",
+        gpu,
+        "没关系：用小模型走完同样的步骤；想训练 3B，请到带 GPU 的平台上打开",
+    )
     memory = psutil.virtual_memory().available / 2**30
-    add("可用内存", "通过" if memory >= (8 if big else 3) else "提醒", f"{memory:.1f} GiB", "请关掉别的程序或别的笔记本内核")
+    add(
+        "可用内存",
+        "通过" if memory >= (8 if big else 3) else "提醒",
+        f"{memory:.1f} GiB",
+        "请关掉别的程序或别的笔记本内核",
+    )
     place = next(p for p in (course.run_dir, *course.run_dir.parents) if p.exists())
     disk = shutil.disk_usage(place).free / 2**30
     add(
@@ -109,7 +135,9 @@ def dataset_file(course: Course, typed: str = "") -> Path:
         asked, whose = DATA / "huanhuan_sample.json", "课程自带的样例"
     path = Path(asked).expanduser().resolve()
     if not path.is_file():
-        raise CourseError(f"找不到数据集 {asked}（完整路径 {path}）：请检查文件名，相对路径从笔记本所在的目录算起。")
+        raise CourseError(
+            f"找不到数据集 {asked}（完整路径 {path}）：请检查文件名，相对路径从笔记本所在的目录算起。"
+        )
     print(f"数据集：{path.name}（{whose}）")
     return path
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
+import pandas as pd
 from IPython.display import HTML
 
 from huanhuan.course import Course, CourseError
@@ -17,7 +18,14 @@ BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#777777"  # told apart by colour-bli
 
 # SVG keeps text as text: the reader's browser draws it, so that Chinese needs no font on the
 # machine that runs the notebook. The names are those of the usual systems.
-FONTS = ["Noto Sans CJK SC", "Noto Sans SC", "Microsoft YaHei", "PingFang SC", "WenQuanYi Micro Hei", "DejaVu Sans"]
+FONTS = [
+    "Noto Sans CJK SC",
+    "Noto Sans SC",
+    "Microsoft YaHei",
+    "PingFang SC",
+    "WenQuanYi Micro Hei",
+    "DejaVu Sans",
+]
 STYLE = {
     "font.family": FONTS, "svg.fonttype": "none", "axes.unicode_minus": False, "axes.spines.top": False,
     "axes.spines.right": False, "figure.figsize": (7.5, 3.2), "font.size": 11, "figure.constrained_layout.use": True,
@@ -39,7 +47,9 @@ class Figure:
 
 
 def _axes():
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # missing fonts are no fault here
+    logging.getLogger("matplotlib.font_manager").setLevel(
+        logging.ERROR
+    )  # missing fonts are no fault here
     return plt.subplots()
 
 
@@ -49,8 +59,17 @@ def token_lengths(lengths: list[int], max_length: int) -> Figure:
         figure, axes = _axes()
         axes.hist(lengths, bins=40, color=BLUE)
         axes.axvline(max_length, color=ORANGE, linewidth=2)
-        axes.text(max_length, axes.get_ylim()[1] * 0.95, f" MAX_LENGTH = {max_length} ", color=ORANGE, ha="right", va="top")
-        axes.set(xlabel="一条对话的词元数", ylabel="条数", xlim=(0, max(max_length, *lengths) * 1.04))
+        axes.text(
+            max_length,
+            axes.get_ylim()[1] * 0.95,
+            f" MAX_LENGTH = {max_length} ",
+            color=ORANGE,
+            ha="right",
+            va="top",
+        )
+        axes.set(
+            xlabel="一条对话的词元数", ylabel="条数", xlim=(0, max(max_length, *lengths) * 1.04)
+        )
     return Figure(figure, f"每条对话的词元数直方图，最长 {max(lengths)}，上限 {max_length}")
 
 
@@ -60,7 +79,9 @@ def loss_curve(history: list[dict], before: float | None = None) -> Figure:
     `history` is ``trainer.state.log_history``; `before` the held-out loss at step 0.
     """
     train = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    held = ([(0, before)] if before is not None else []) + [(e["step"], e["eval_loss"]) for e in history if "eval_loss" in e]
+    held = ([(0, before)] if before is not None else []) + [
+        (e["step"], e["eval_loss"]) for e in history if "eval_loss" in e
+    ]
     with matplotlib.rc_context(STYLE):
         figure, axes = _axes()
         axes.plot(*zip(*train, strict=True), color=BLUE, label="训练集 train")
@@ -68,7 +89,11 @@ def loss_curve(history: list[dict], before: float | None = None) -> Figure:
             axes.plot(*zip(*held, strict=True), color=ORANGE, marker="o", label="验证集 eval")
         axes.set(xlabel="步 step", ylabel="损失 loss", ylim=(0, None))
         axes.legend(frameon=False)
-    return Figure(figure, f"损失曲线：训练集最后 {train[-1][1]:.2f}" + (f"，验证集最后 {held[-1][1]:.2f}" if held else ""))
+    return Figure(
+        figure,
+        f"损失曲线：训练集最后 {train[-1][1]:.2f}"
+        + (f"，验证集最后 {held[-1][1]:.2f}" if held else ""),
+    )
 
 
 _TOKEN = "display:inline-block;margin:1px;padding:0 3px;border-radius:3px;line-height:1.7;white-space:pre;"
@@ -90,20 +115,32 @@ def labelled_tokens(tokenizer, row: dict[str, list[int]]) -> HTML:
         held = position + 1
     frames = []
     for piece, label in zip(pieces, labels, strict=True):
-        colour = f"background:{ORANGE};color:white;" if label != -100 else f"border:1px solid {GREY};"
+        colour = (
+            f"background:{ORANGE};color:white;" if label != -100 else f"border:1px solid {GREY};"
+        )
         shown = html.escape(piece).replace("\n", "↵")
         frames.append(f'<span style="{_TOKEN}{colour}">{shown}</span>')
     taught = sum(label != -100 for label in labels)
-    caption = f"橙底：带标签、参与计算损失的 {taught} 个词元；灰框：只给模型看的 {len(ids) - taught} 个"
-    return HTML(f'<div style="font-family:{",".join(FONTS)},sans-serif">{"".join(frames)}<p>{caption}</p></div>')
+    caption = (
+        f"橙底：带标签、参与计算损失的 {taught} 个词元；灰框：只给模型看的 {len(ids) - taught} 个"
+    )
+    return HTML(
+        f'<div style="font-family:{",".join(FONTS)},sans-serif">{"".join(frames)}<p>{caption}</p></div>'
+    )
 
 
-def table(columns: list[str], rows: list[tuple]) -> HTML:
-    """Texts side by side, wrapped, top-aligned."""
-    cell = "text-align:left;vertical-align:top;padding:4px 10px;white-space:pre-wrap;"
-    head = "".join(f'<th style="{cell}">{html.escape(name)}</th>' for name in columns)
-    body = "".join("<tr>" + "".join(f'<td style="{cell}">{html.escape(str(v))}</td>' for v in row) + "</tr>" for row in rows)
-    return HTML(f'<table style="width:100%;table-layout:fixed"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>')
+def table(frame: pd.DataFrame) -> HTML:
+    """A table of texts: wrapped, left- and top-aligned, without the index."""
+    style = "text-align:left;vertical-align:top;padding:4px 10px;white-space:pre-wrap;"
+    head = "".join(f'<th style="{style}">{html.escape(str(name))}</th>' for name in frame.columns)
+    cells = (
+        "".join(f'<td style="{style}">{html.escape(str(v))}</td>' for v in row)
+        for row in frame.to_numpy()
+    )
+    body = "".join(f"<tr>{row}</tr>" for row in cells)
+    return HTML(
+        f'<table style="width:100%"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    )
 
 
 def file_picker(course: Course, check: Callable[[Path], object]):
@@ -122,7 +159,9 @@ def file_picker(course: Course, check: Callable[[Path], object]):
         if not value:
             return
         # ipywidgets 7 (Colab) gives {name: {"content": bytes}}, 8 a tuple of {"name", "content"}.
-        name, file = next(iter(value.items())) if isinstance(value, dict) else (value[0]["name"], value[0])
+        name, file = (
+            next(iter(value.items())) if isinstance(value, dict) else (value[0]["name"], value[0])
+        )
         name, content = Path(name).name, bytes(file["content"])
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / name

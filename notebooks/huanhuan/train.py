@@ -27,6 +27,8 @@ def estimate_minutes(trainer, batches: int = 4) -> float:
     """
     args, model, seconds = trainer.args, trainer.model, []
     dtype = torch.float16 if args.fp16 else torch.bfloat16
+    if args.gradient_checkpointing:  # as train() will do: the passes must fit into the same memory
+        model.gradient_checkpointing_enable()
     with torch.random.fork_rng():
         loader = trainer.get_train_dataloader()
         model.train()
@@ -59,7 +61,9 @@ def resume_point(course: Course, recipe: dict) -> Path | None:
         if whole:
             state = json.loads((whole[-1] / "trainer_state.json").read_text(encoding="utf-8"))
             if state["global_step"] < state["max_steps"]:
-                print(f"上次训练停在第 {state['global_step']} / {state['max_steps']} 步，从 {whole[-1].name} 接着训练。")
+                print(
+                    f"上次训练停在第 {state['global_step']} / {state['max_steps']} 步，从 {whole[-1].name} 接着训练。"
+                )
                 return whole[-1]
     moved = course.set_aside(folder)
     if moved:
@@ -76,7 +80,10 @@ def _is_whole(checkpoint: Path) -> bool:
             file.keys()
     except (OSError, ValueError, SafetensorError):
         return False
-    return all(zipfile.is_zipfile(checkpoint / name) for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"))
+    return all(
+        zipfile.is_zipfile(checkpoint / name)
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+    )
 
 
 def make_portable(adapter_dir: Path, base_name: str) -> None:
