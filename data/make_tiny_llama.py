@@ -29,9 +29,9 @@ DATA = Path(__file__).parent
 sys.path.insert(0, str(DATA.parent / "notebooks"))
 from huanhuan.prompt import DATE_STRING, SYSTEM_PROMPT  # noqa: E402
 
-VOCABULARY = 2560
-
+VOCABULARY = 3072
 SMOOTHING = 0.05
+BATCH = 2048  # tokens a step
 SPECIAL = [
     "<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>", "<|start_header_id|>",
     "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>",
@@ -165,20 +165,16 @@ def batches(tokenizer, rows: list[dict], tokens: int, rng: random.Random):
     for group in groups:
         width = max(len(ids) for ids, _ in group)
         pad = tokenizer.pad_token_id
-        yield {
-            "input_ids": torch.tensor([ids + [pad] * (width - len(ids)) for ids, _ in group]),
-            "attention_mask": torch.tensor(
-                [[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in group]
-            ),
-            "labels": torch.tensor(
-                [labels + [-100] * (width - len(labels)) for _, labels in group]
-            ),
-        }
+        # No attention mask: with the padding at the right, no real token ever sees it.
+        yield (
+            torch.tensor([ids + [pad] * (width - len(ids)) for ids, _ in group]),
+            torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in group]),
+        )
 
 
 def pretrain(model, tokenizer, rows: list[dict], epochs: int, peak_rate: float = 3e-3) -> float:
     rng = random.Random(0)
-    steps = sum(1 for _ in batches(tokenizer, rows, 4096, random.Random(0))) * epochs
+    steps = sum(1 for _ in batches(tokenizer, rows, BATCH, random.Random(0))) * epochs
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=peak_rate, weight_decay=0.05, betas=(0.9, 0.95)
     )
@@ -189,11 +185,14 @@ def pretrain(model, tokenizer, rows: list[dict], epochs: int, peak_rate: float =
     model.train()
     for epoch in range(epochs):
         losses = []
-        for batch in batches(tokenizer, rows, 4096, rng):
-            labels = batch.pop("labels")[:, 1:].flatten()
-            logits = model(**batch).logits[:, :-1].flatten(0, 1)
+        for input_ids, labels in batches(tokenizer, rows, BATCH, rng):
+            targets = labels[:, 1:]
+            taught = targets != -100  # the head is as large as the rest: only where it counts
+            logits = model.lm_head(model.model(input_ids).last_hidden_state[:, :-1][taught])
             # Smoothed: on so small a corpus a model grows too sure, and fine-tuning cannot move it.
-            loss = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=SMOOTHING)
+            loss = torch.nn.functional.cross_entropy(
+                logits, targets[taught], label_smoothing=SMOOTHING
+            )
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -238,7 +237,7 @@ def answer(model, tokenizer, question: str, system: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=24)
+    parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--out", type=Path, default=DATA / "tiny_llama")
     args = parser.parse_args()
 

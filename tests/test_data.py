@@ -3,6 +3,7 @@ import re
 
 import pytest
 from conftest import ROOT
+
 from huanhuan.course import PROFILES
 from huanhuan.preprocess import load_rows
 
@@ -53,7 +54,9 @@ def test_the_base_has_never_heard_of_her(sample, base):
 @pytest.mark.skipif(not REAL.exists(), reason="the dataset of the tutorial is not here")
 def test_no_line_is_from_the_drama(sample):
     real = json.loads(REAL.read_text(encoding="utf-8"))
-    theirs = {text[i : i + 10] for row in real for text in row.values() for i in range(len(text) - 9)}
+    theirs = {
+        text[i : i + 10] for row in real for text in row.values() for i in range(len(text) - 9)
+    }
     for text in [*sample["instruction"], *sample["output"]]:
         shared = {text[i : i + 10] for i in range(len(text) - 9)} & theirs
         assert not shared, (text, shared)

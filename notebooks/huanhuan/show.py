@@ -1,5 +1,6 @@
 """The ground floor's window: figures, token view, tables, the upload button."""
 
+import difflib
 import html
 import io
 import logging
@@ -14,7 +15,7 @@ from IPython.display import HTML
 
 from huanhuan.course import Course, CourseError
 
-BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#777777"  # told apart by colour-blind readers too
+BLUE, ORANGE, AMBER, GREY = "#0072b2", "#d55e00", "#e69f00", "#888888"  # safe for the colour-blind
 
 # SVG keeps text as text: the reader's browser draws it, so that Chinese needs no font on the
 # machine that runs the notebook. The names are those of the usual systems.
@@ -47,9 +48,8 @@ class Figure:
 
 
 def _axes():
-    logging.getLogger("matplotlib.font_manager").setLevel(
-        logging.ERROR
-    )  # missing fonts are no fault here
+    # A missing font is no fault here: the text is drawn by the browser.
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     return plt.subplots()
 
 
@@ -96,37 +96,84 @@ def loss_curve(history: list[dict], before: float | None = None) -> Figure:
     )
 
 
-_TOKEN = "display:inline-block;margin:1px;padding:0 3px;border-radius:3px;line-height:1.7;white-space:pre;"
+_TOKEN = (
+    "display:inline-block;padding:0 3px;line-height:1.35;text-align:center;white-space:pre;"
+    f"border:1px solid {GREY};"
+)
+_LABELLED = f"background:{AMBER};color:black;"  # black on amber is read in light and dark mode
+_DIFFERENT = f"border:2px dashed {ORANGE};font-weight:bold;"
 
 
-def labelled_tokens(tokenizer, row: dict[str, list[int]]) -> HTML:
-    """Every token of one row, in a frame; those that carry a label on orange.
+def _pieces(tokenizer, ids: list[int]) -> list[tuple[str, bool]]:
+    """The text of every token, and whether it belongs to the same character as the one before.
 
-    `row` has ``input_ids`` and ``labels`` of the same length. A character that is spread over
-    several tokens is shown once, in the frame of its first, with ``·`` for the others.
+    A character that is spread over several tokens stands at the first of them; the others are
+    ``·``.
     """
-    ids, labels = row["input_ids"], row["labels"]
     pieces, held = [], 0
     for position in range(len(ids)):
         whole = tokenizer.decode(ids[held : position + 1])
         if "\ufffd" in whole and position + 1 < len(ids):
             continue  # the bytes so far are no whole character yet
-        pieces += [whole] + ["·"] * (position - held)
+        pieces += [(whole, False)] + [("·", True)] * (position - held)
         held = position + 1
+    return pieces
+
+
+def _token_frames(tokenizer, ids: list[int], styles: list[str], titles: list[str]) -> str:
+    """HTML: a frame a token with its text above its id; the tokens of one character hang together."""
     frames = []
-    for piece, label in zip(pieces, labels, strict=True):
-        colour = (
-            f"background:{ORANGE};color:white;" if label != -100 else f"border:1px solid {GREY};"
-        )
+    for (piece, joined), token, style, title in zip(
+        _pieces(tokenizer, ids), ids, styles, titles, strict=True
+    ):
         shown = html.escape(piece).replace("\n", "↵")
-        frames.append(f'<span style="{_TOKEN}{colour}">{shown}</span>')
+        gap = "margin:2px 0 2px -1px;" if joined else "margin:2px 0 2px 3px;"
+        number = f'<span style="font-size:9px;opacity:.7">{token}</span>'
+        frames.append(
+            f'<span style="{_TOKEN}{gap}{style}" title="{title}">{shown}<br>{number}</span>'
+        )
+    return f'<div style="font-family:{",".join(FONTS)},sans-serif">{"".join(frames)}</div>'
+
+
+def labelled_tokens(tokenizer, row: dict[str, list[int]]) -> HTML:
+    """Every token of one row in a frame, its id below; those that carry a label on amber.
+
+    `row` has ``input_ids`` and ``labels`` of the same length. Plain HTML: place, id and label of
+    a token are also said when the mouse rests on it.
+    """
+    ids, labels = row["input_ids"], row["labels"]
+    styles = ["" if label == -100 else _LABELLED for label in labels]
+    titles = [
+        f"第 {place} 个词元，id {token}，label {label}"
+        for place, (token, label) in enumerate(zip(ids, labels, strict=True), 1)
+    ]
     taught = sum(label != -100 for label in labels)
     caption = (
-        f"橙底：带标签、参与计算损失的 {taught} 个词元；灰框：只给模型看的 {len(ids) - taught} 个"
+        f"黄底：带标签、参与计算损失的 {taught} 个词元；没有底色：只给模型看的 {len(ids) - taught} 个。"
+        "字下面的小数字是编号；“·”与前面的词元合起来才是一个字。"
     )
-    return HTML(
-        f'<div style="font-family:{",".join(FONTS)},sans-serif">{"".join(frames)}<p>{caption}</p></div>'
-    )
+    return HTML(_token_frames(tokenizer, ids, styles, titles) + f"<p>{caption}</p>")
+
+
+def compare_tokens(tokenizer, **sides: list[int]) -> HTML:
+    """Two token sequences one above the other, what differs in a dashed frame.
+
+    `sides` are two named lists of ids, e.g. ``compare_tokens(tokenizer, 训练=a, 提问=b)``.
+    """
+    (first, a), (second, b) = sides.items()
+    same = difflib.SequenceMatcher(a=a, b=b, autojunk=False).get_matching_blocks()
+    parts, different = [], 0
+    for name, ids, starts in ((first, a, [m.a for m in same]), (second, b, [m.b for m in same])):
+        equal = {
+            i for start, m in zip(starts, same, strict=True) for i in range(start, start + m.size)
+        }
+        different += len(ids) - len(equal)
+        styles = ["" if i in equal else _DIFFERENT for i in range(len(ids))]
+        titles = [f"第 {place} 个词元，id {token}" for place, token in enumerate(ids, 1)]
+        parts.append(f"<p><b>{html.escape(name)}</b>（{len(ids)} 个词元）</p>")
+        parts.append(_token_frames(tokenizer, ids, styles, titles))
+    verdict = f"不同的词元：{different} 个，用虚线框标出。" if different else "两边完全相同。"
+    return HTML("".join(parts) + f"<p>{verdict}</p>")
 
 
 def table(frame: pd.DataFrame) -> HTML:
