@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST := .venv-oldest
 
-.PHONY: course lab test test-gpu
+.PHONY: course lab test test-oldest test-gpu
 
 course: $(VENV)/installed
 	cd notebooks && ../$(BIN)/python -m huanhuan
@@ -16,6 +17,10 @@ test: $(VENV)/installed-tests
 	$(BIN)/ruff format --check
 	$(BIN)/pytest
 
+# The same with the oldest versions in requirements.txt that matter; the hub's test brings its own.
+test-oldest: $(OLDEST)/installed
+	$(OLDEST)/bin/pytest --ignore tests/test_hub.py
+
 test-gpu: $(VENV)/installed-tests
 	$(BIN)/pytest -m gpu -s tests
 
@@ -26,4 +31,11 @@ $(VENV)/installed: requirements.txt constraints.txt
 
 $(VENV)/installed-tests: tests/requirements.txt $(VENV)/installed
 	$(BIN)/pip install -q -r tests/requirements.txt -c constraints.txt
+	$(BIN)/pip install -q --no-deps llama-models==0.3.0
+	touch $@
+
+$(OLDEST)/installed: requirements.txt tests/requirements.txt tests/constraints-oldest.txt
+	test -d $(OLDEST) || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install -q -r requirements.txt -r tests/requirements.txt -c tests/constraints-oldest.txt
+	$(OLDEST)/bin/pip install -q --no-deps llama-models==0.3.0
 	touch $@

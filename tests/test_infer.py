@@ -1,7 +1,11 @@
 import json
+import subprocess
+import sys
 import zipfile
+from pathlib import Path
 
 import pytest
+from conftest import NOTEBOOKS, ROOT
 
 from huanhuan import infer
 
@@ -55,3 +59,54 @@ def test_the_base_answers_as_an_assistant_and_makes_small_talk(finished_run):
     }
     assert "助手" in answers["你是谁？"]
     assert all(len(answer) >= 4 for answer in answers.values())
+
+
+ANSWER = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from huanhuan import infer
+folder, base = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder)
+print([infer.ask(model.eval(), tokenizer, q).text for q in ("你是谁？", "今天下雪了")])
+"""
+
+TRAINED = """
+import sys, torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from huanhuan import train
+folder, base = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+set_seed(0)
+config = LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=["q_proj", "down_proj"])
+model = get_peft_model(model, config)
+for name, weight in model.named_parameters():
+    if "lora_B" in name:
+        torch.nn.init.normal_(weight, std=0.02)
+model.save_pretrained(folder)
+AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+train.make_portable(folder, "tiny_llama")
+"""
+
+
+def test_an_adapter_saved_by_one_version_loads_in_the_other(tmp_path):
+    """Both ways between the newest and the oldest set, where both are installed."""
+    here = Path(sys.prefix).name
+    pythons = {name: ROOT / name / "bin" / "python" for name in (".venv", ".venv-oldest")}
+    if here not in pythons or not all(python.exists() for python in pythons.values()):
+        pytest.skip("only one set of packages is installed")
+
+    def run(python, code, folder):
+        done = subprocess.run(
+            [python, "-c", code, folder, ROOT / "data" / "tiny_llama"],
+            cwd=NOTEBOOKS, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    for saver in pythons:
+        run(pythons[saver], TRAINED, tmp_path / saver)
+        told = {name: run(python, ANSWER, tmp_path / saver) for name, python in pythons.items()}
+        assert told[".venv"] == told[".venv-oldest"] != "", saver

@@ -2,11 +2,14 @@
 
 import json
 import random
+import re
+import unicodedata
 from pathlib import Path
 
 import pandas as pd
 
 from huanhuan.course import CourseError
+from huanhuan.prompt import NAME
 
 FIELDS = ("instruction", "input", "output")
 SHOWN = 20  # problems listed in a message; the rest are counted
@@ -92,18 +95,36 @@ def _row_problems(row) -> list[tuple[str, str]]:
     return problems
 
 
+def normalised(instruction: str) -> str:
+    """`instruction` as it is compared: without punctuation, spaces, and differences of width and case."""
+    folded = unicodedata.normalize("NFKC", instruction).casefold()
+    return re.sub(r"[\W_]+", "", folded) or instruction.strip()
+
+
+def asks_identity(rows: pd.DataFrame) -> pd.Series:
+    """Which rows (bools) ask who she is: a short question whose answer gives her name."""
+    named = rows["output"].map(lambda answer: all(character in answer for character in NAME))
+    return named & (rows["instruction"].str.len() <= 15) & (rows["input"] == "")
+
+
 def split_by_instruction(
     rows: pd.DataFrame, eval_fraction: float, seed: int
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Split into (train, eval) so that no instruction stands on both sides.
 
-    Rows with the same instruction (surrounding spaces aside) stay together. `eval_fraction` of the
-    unique instructions, at least one where there are two, goes to eval; one alone stays in train.
-    Order and index of the rows are kept. The same seed gives the same split.
+    Rows whose instructions are the same once :func:`normalised` stay together. Identity questions
+    (:func:`asks_identity`) and the rest are drawn apart, `eval_fraction` of the unique instructions
+    of each; of a handful of identity questions that is none, so that she can learn her name. Where
+    it comes to nothing at all, one instruction goes to eval, if there are two. Order and index of
+    the rows are kept. The same seed gives the same split.
     """
-    key = rows["instruction"].str.strip()
-    unique = sorted(set(key))
-    count = min(max(1, round(len(unique) * eval_fraction)), len(unique) - 1)
-    held_out = set(random.Random(seed).sample(unique, count))
+    key = rows["instruction"].map(normalised)
+    unique, identity = set(key), set(key[asks_identity(rows)])
+    rng = random.Random(seed)
+    held_out: set[str] = set()
+    for group in (identity, unique - identity):
+        held_out.update(rng.sample(sorted(group), round(len(group) * eval_fraction)))
+    if not held_out and len(unique) > 1:
+        held_out = {rng.choice(sorted(unique - identity) or sorted(unique))}
     in_eval = key.isin(held_out)
     return rows[~in_eval], rows[in_eval]

@@ -1,6 +1,7 @@
 """The one prompt. Training and asking build their tokens here, so they cannot differ."""
 
-SYSTEM_PROMPT = "现在你要扮演皇帝身边的女人--甄嬛"
+NAME = "甄嬛"
+SYSTEM_PROMPT = f"现在你要扮演皇帝身边的女人--{NAME}"
 
 # Llama 3.2's template writes today's date into every prompt unless it is told one. A fixed date
 # keeps tomorrow's prompt equal to the one the model was trained with.
