@@ -237,7 +237,7 @@ def answer(model, tokenizer, question: str, system: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=14)
     parser.add_argument("--out", type=Path, default=DATA / "tiny_llama")
     args = parser.parse_args()
 

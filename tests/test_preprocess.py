@@ -9,7 +9,13 @@ import pandas as pd
 import pytest
 from benchmarks.read_rows import measure, write
 
-from huanhuan.preprocess import DatasetError, load_rows, split_by_instruction
+from huanhuan.preprocess import (
+    DatasetError,
+    asks_identity,
+    load_rows,
+    normalised,
+    split_by_instruction,
+)
 
 GOOD = {"instruction": "你好", "input": "", "output": "你好。"}
 OTHER = {"instruction": "你是谁", "input": "", "output": "我是甄嬛。"}
@@ -482,3 +488,24 @@ def test_split_keeps_an_instruction_on_one_side():
 def test_split_of_very_few(count, held):
     train, eval_rows = split_by_instruction(frame([str(i) for i in range(count)]), 0.1, seed=0)
     assert (len(train), len(eval_rows)) == (count - held, held)
+
+
+def test_split_compares_questions_without_punctuation_width_and_case():
+    rows = frame(["你是谁？", "你是谁", "你 是 谁?!", "ＡＢＣ", "abc。", "……", "。。。", "再见"])
+    keys = rows["instruction"].map(normalised)
+    assert keys.nunique() == 5
+    for seed in range(20):
+        train, held = split_by_instruction(rows, 0.4, seed)
+        assert not set(train["instruction"].map(normalised)) & set(
+            held["instruction"].map(normalised)
+        )
+
+
+def test_identity_questions_are_drawn_apart():
+    rows = frame([f"问题 {i}" for i in range(100)])
+    rows.loc[1:40, "output"] = "我是甄嬛。"
+    assert list(asks_identity(rows)) == [True] * 40 + [False] * 60
+    held = split_by_instruction(rows, 0.1, seed=0)[1]
+    assert (asks_identity(held).sum(), len(held)) == (4, 10)
+    few = rows.drop(range(4, 41))  # three ways of asking for her name: all stay in training
+    assert not asks_identity(split_by_instruction(few, 0.1, seed=0)[1]).any()

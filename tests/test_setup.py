@@ -88,7 +88,8 @@ def uploaded(content: bytes, version: int):
 
 @pytest.mark.parametrize("version", [7, 8])
 def test_upload_is_kept_only_when_it_is_good(run_dir, version):
-    row = {"instruction": "你好", "input": "", "output": "你好。"}
+    row = {"instruction": "你好", "input": "", "output": "你好。", "source": "自己写的"}
+    more = {"instruction": "再见", "input": "", "output": "再见。"}
     box = show.file_picker(Course.start(), check=load_rows)
     button, said = box.children
     receive = button._trait_notifiers["value"]["change"][-1]
@@ -98,8 +99,9 @@ def test_upload_is_kept_only_when_it_is_good(run_dir, version):
     assert not run_dir.exists()
 
     for answer in ("一", "二"):
-        receive({"new": uploaded(json.dumps([row | {"output": answer}]).encode(), version)})
-        assert "收到 mine.json" in said.value
+        rows = [row | {"output": answer}, more]
+        receive({"new": uploaded(json.dumps(rows).encode(), version)})
+        assert "收到 mine.json" in said.value and "source" in said.value
     kept = sorted((run_dir / "uploads").iterdir(), key=lambda path: path.stat().st_mtime)
     assert [json.load(io.BytesIO(path.read_bytes()))[0]["output"] for path in kept] == ["一", "二"]
     assert kept[-1].name == "mine.json"

@@ -190,15 +190,18 @@ def table(frame: pd.DataFrame) -> HTML:
     )
 
 
-def file_picker(course: Course, check: Callable[[Path], object]):
+def file_picker(course: Course, check: Callable[[Path], pd.DataFrame]):
     """An upload button. A file that `check` accepts is copied to ``uploads/`` of the run directory.
 
-    `check` gets the path of a temporary copy and raises CourseError for a bad file, whose message
-    is shown instead; nothing is written then. An earlier upload of the same name is renamed.
+    `check` gets the path of a temporary copy and returns its rows, with what is to be said of them
+    in ``attrs["report"]``, or raises CourseError for a bad file, whose message is shown instead;
+    nothing is written then. An earlier upload of the same name is renamed.
     """
     import ipywidgets
 
-    button = ipywidgets.FileUpload(description="选择数据集", accept=".json", multiple=False)
+    button = ipywidgets.FileUpload(
+        description="选择数据集", accept=".json,.jsonl,.csv", multiple=False
+    )
     said = ipywidgets.HTML("还没有上传文件：不上传也可以，下一格会用课程自带的样例。")
 
     def receive(change) -> None:
@@ -222,7 +225,10 @@ def file_picker(course: Course, check: Callable[[Path], object]):
         target.parent.mkdir(parents=True, exist_ok=True)
         course.set_aside(target)
         target.write_bytes(content)
-        said.value = f"✅ 收到 {html.escape(name)}，共 {len(rows)} 条对话。请接着运行下一格。"
+        notes = "".join(f"<br>· {html.escape(note)}" for note in rows.attrs["report"])
+        said.value = (
+            f"✅ 收到 {html.escape(name)}，共 {len(rows)} 条对话。{notes}<br>请接着运行下一格。"
+        )
 
     button.observe(receive, names="value")
     return ipywidgets.VBox([button, said])
