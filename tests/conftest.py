@@ -54,6 +54,42 @@ def run_dir(tmp_path, monkeypatch):
     return tmp_path / "run"
 
 
+def genuine_tokenizer():
+    """Llama 3's genuine vocabulary as a transformers tokenizer, with the course's chat template."""
+    import llama_models.llama3
+    from llama_models.llama3.tokenizer import Tokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    reference = Tokenizer.get_instance()
+    converter = TikTokenConverter(
+        str(Path(llama_models.llama3.__file__).parent / "tokenizer.model"),
+        pattern=reference.pat_str,
+        extra_special_tokens=list(reference.special_tokens),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=converter.converted(),
+        bos_token="<|begin_of_text|>",
+        eos_token="<|eot_id|>",
+        pad_token="<|finetune_right_pad_id|>",
+        clean_up_tokenization_spaces=False,
+        chat_template=AutoTokenizer.from_pretrained(ROOT / "data" / "tiny_llama").chat_template,
+    )
+
+
+def notebook_process_func(tokenizer, max_length: int):
+    """The function of notebook 02's cell `process_func`, with nothing but these two."""
+    import nbformat
+
+    import huanhuan.prompt
+
+    book = nbformat.read(NOTEBOOKS / "02_preprocess.ipynb", as_version=4)
+    (cell,) = [c for c in book.cells if "process_func" in c.metadata.get("tags", [])]
+    names = vars(huanhuan.prompt) | {"tokenizer": tokenizer, "MAX_LENGTH": max_length}
+    exec(cell.source, names)
+    return names["process_func"]
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     from transformers import AutoTokenizer
@@ -71,40 +107,10 @@ def reference():
 
 
 @pytest.fixture(scope="session")
-def genuine(reference, tokenizer):
-    """Llama 3's genuine vocabulary as a transformers tokenizer, with the course's chat template."""
-    import llama_models.llama3
-    from transformers import PreTrainedTokenizerFast
-    from transformers.convert_slow_tokenizer import TikTokenConverter
-
-    converter = TikTokenConverter(
-        str(Path(llama_models.llama3.__file__).parent / "tokenizer.model"),
-        pattern=reference.tokenizer.pat_str,
-        extra_special_tokens=list(reference.tokenizer.special_tokens),
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=converter.converted(),
-        bos_token="<|begin_of_text|>",
-        eos_token="<|eot_id|>",
-        pad_token="<|finetune_right_pad_id|>",
-        clean_up_tokenization_spaces=False,
-        chat_template=tokenizer.chat_template,
-    )
+def genuine():
+    return genuine_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def make_process_func():
-    """``make_process_func(tokenizer, max_length)``: the cell of notebook 02, with nothing but these."""
-    import nbformat
-
-    import huanhuan.prompt
-
-    book = nbformat.read(NOTEBOOKS / "02_preprocess.ipynb", as_version=4)
-    (cell,) = [c for c in book.cells if "process_func" in c.metadata.get("tags", [])]
-
-    def make(tokenizer, max_length):
-        names = vars(huanhuan.prompt) | {"tokenizer": tokenizer, "MAX_LENGTH": max_length}
-        exec(cell.source, names)
-        return names["process_func"]
-
-    return make
+    return notebook_process_func

@@ -1,0 +1,221 @@
+"""One optimizer step of 16 dialogues, by several recipes: seconds, and proof that they do the same.
+
+    python tests/benchmarks/step.py [--rows FILE] [--rounds N] [--only NAME…] [--out FILE.json]
+
+The model is Llama-3.2-3B at about a twelfth of its width, with random weights: all 28 layers, and a
+head as large, next to a layer, as the real one. The rows are real dialogues, tokenised by the
+genuine Llama 3 tokenizer. Every round draws 16 of them, and every recipe takes the Trainer one step
+further on its own copy of the model; the recipes take turns, so that whatever else this machine
+does hits them all. Dropout is 0: the losses of a round must agree to 4 decimals.
+
+Needs what the tests need. TRL's SFTTrainer takes part where ``trl`` is installed.
+"""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import torch
+import transformers
+from conftest import ROOT, genuine_tokenizer, notebook_process_func
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from huanhuan.course import machine, versions
+from huanhuan.preprocess import load_rows
+from huanhuan.train import SharedPrefixCollator
+
+ROWS_PER_STEP = 16
+HIDDEN = 264  # the multiple of 24 next to 256; transformers wants hidden / heads to be whole
+VOCAB = round(128256 * HIDDEN / 3072)
+
+
+def proxy() -> LlamaForCausalLM:
+    """Llama-3.2-3B's proportions, float32, random weights; the same at every call."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=HIDDEN * 8192 // 3072,
+        num_hidden_layers=28, num_attention_heads=3, num_key_value_heads=1,
+        rope_theta=500000.0, rms_norm_eps=1e-5, max_position_embeddings=2048,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, use_cache=False,
+    )  # fmt: skip
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    lora = LoraConfig(
+        task_type="CAUSAL_LM", target_modules=targets, r=8, lora_alpha=32, lora_dropout=0.0
+    )
+    return get_peft_model(LlamaForCausalLM(config), lora)
+
+
+def dialogues(file: Path) -> list[dict]:
+    """The dataset's rows as notebook 02 makes them, every id folded into the proxy's vocabulary.
+
+    Equal tokens stay equal, so what rows have in common they still have.
+    """
+    process = notebook_process_func(genuine_tokenizer(), 384)
+    rows = []
+    for example in load_rows(file).to_dict("records"):
+        row = process(example)
+        row["input_ids"] = [i % VOCAB for i in row["input_ids"]]
+        row["labels"] = [i if i == -100 else i % VOCAB for i in row["labels"]]
+        rows.append(row)
+    return [row for row in rows if len(row["input_ids"]) <= 384]
+
+
+# Pads the batches, no more; its ids are within the proxy's vocabulary.
+PADDER = AutoTokenizer.from_pretrained(ROOT / "data" / "tiny_llama")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How 16 rows become one step: 16 / micro_batch passes of micro_batch rows."""
+
+    name: str
+    micro_batch: int
+    collator: Callable | None = None
+    checkpointing: bool = False
+    trl: dict | None = None  # arguments of SFTConfig; then SFTTrainer brings its own collator
+
+
+def recipes() -> list[Recipe]:
+    """The tutorial's first: the others are compared with it."""
+    padded, shared = DataCollatorForSeq2Seq(PADDER), SharedPrefixCollator()
+    found = [
+        Recipe("tutorial 4x4", 4, padded, checkpointing=True),
+        Recipe("no checkpointing 4x4", 4, padded),
+        Recipe("ours 4x4", 4, shared),
+        Recipe("ours 8x2", 8, shared),
+        Recipe("ours 16x1", 16, shared),
+    ]
+    if importlib.util.find_spec("trl"):
+        found += [
+            Recipe("TRL padded 4x4", 4, trl={}),
+            Recipe("TRL padding-free 4x4", 4, trl={"padding_free": True}),
+        ]
+    return found
+
+
+class Clock(TrainerCallback):
+    """Seconds from the first look at the data to the end of the step, collating included."""
+
+    def on_epoch_begin(self, *_, **__):
+        self.start = time.perf_counter()
+
+    def on_step_end(self, *_, **__):
+        self.seconds = time.perf_counter() - self.start
+
+
+def step(recipe: Recipe, model, rows: list[dict], folder: str) -> tuple[float, float]:
+    """Train `model` one step on `rows` (16): seconds, and the loss of the step."""
+    common = {
+        "output_dir": folder, "max_steps": 1, "per_device_train_batch_size": recipe.micro_batch,
+        "gradient_accumulation_steps": ROWS_PER_STEP // recipe.micro_batch, "learning_rate": 1e-4,
+        "lr_scheduler_type": "constant", "gradient_checkpointing": recipe.checkpointing,
+        "logging_strategy": "no", "save_strategy": "no", "report_to": "none", "use_cpu": True,
+        "disable_tqdm": True, "remove_unused_columns": False, "seed": 0,
+    }  # fmt: skip
+    clock = Clock()
+    if recipe.checkpointing:
+        model.enable_input_require_grads()
+    if recipe.trl is None:
+        trainer = Trainer(
+            model, TrainingArguments(**common), recipe.collator, rows, callbacks=[clock]
+        )
+    else:
+        from datasets import Dataset
+        from trl import SFTConfig, SFTTrainer
+
+        trainer = SFTTrainer(
+            model, SFTConfig(**common, bf16=False, max_length=None, **recipe.trl),
+            train_dataset=Dataset.from_list(rows), processing_class=PADDER, callbacks=[clock],
+        )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    losses, one = [], trainer.training_step
+
+    def watched(*args, **kwargs):
+        losses.append(one(*args, **kwargs))
+        return losses[-1]
+
+    trainer.training_step = watched
+    trainer.train()
+    return clock.seconds, float(sum(losses))
+
+
+def measure(recipes: list[Recipe], rows: list[dict], rounds: int) -> dict[str, dict[str, list]]:
+    """`rounds` steps of every recipe, in turns, after one to warm up that is not counted."""
+    models = {recipe.name: proxy() for recipe in recipes}
+    found = {recipe.name: {"seconds": [], "losses": []} for recipe in recipes}
+    draw = random.Random(0)
+    with tempfile.TemporaryDirectory() as folder:
+        for round in range(rounds + 1):
+            batch = draw.sample(rows, ROWS_PER_STEP)
+            tokens = sum(len(row["input_ids"]) for row in batch)
+            print(f"round {round}: {tokens} tokens", "(warming up)" if round == 0 else "")
+            for recipe in recipes:
+                seconds, loss = step(recipe, models[recipe.name], batch, folder)
+                print(f"    {recipe.name:<24}{seconds:8.3f} s   loss {loss:.6f}", flush=True)
+                if round:
+                    found[recipe.name]["seconds"].append(seconds)
+                    found[recipe.name]["losses"].append(loss)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=Path, default=ROOT / "data" / "huanhuan_sample.json")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="+", help="recipes, by the beginning of their names")
+    parser.add_argument("--out", type=Path)
+    asked = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore")
+    chosen = [r for r in recipes() if not asked.only or r.name.startswith(tuple(asked.only))]
+    found = measure(chosen, dialogues(asked.rows), asked.rounds)
+
+    base = statistics.median(found[chosen[0].name]["seconds"])
+    print(f"\n{'recipe':<24}{'median s':>10}{'min':>8}{'max':>8}   times faster than the first")
+    for name, result in found.items():
+        seconds = result["seconds"]
+        result["median_seconds"] = statistics.median(seconds)
+        result["times_faster"] = base / result["median_seconds"]
+        print(
+            f"{name:<24}{result['median_seconds']:10.3f}{min(seconds):8.3f}{max(seconds):8.3f}"
+            f"{result['times_faster']:8.2f}"
+        )
+    losses = [result["losses"] for result in found.values()]
+    apart = max(max(same) - min(same) for same in zip(*losses, strict=True))
+    print(f"largest difference of a loss between recipes: {apart:.2e}")
+    if asked.out:
+        facts = {
+            "machine": machine(), "versions": versions(), "threads": torch.get_num_threads(),
+            "rows": asked.rows.name, "hidden": HIDDEN, "vocabulary": VOCAB,
+            "largest_loss_difference": apart, "recipes": found,
+        }  # fmt: skip
+        if importlib.util.find_spec("trl"):
+            facts["versions"]["trl"] = importlib.metadata.version("trl")
+        asked.out.write_text(json.dumps(facts, ensure_ascii=False, indent=2), encoding="utf-8")
+    if apart > 5e-5:
+        sys.exit("The recipes do not do the same: their losses differ in the fourth decimal.")
+
+
+if __name__ == "__main__":
+    main()
