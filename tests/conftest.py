@@ -65,8 +65,10 @@ def genuine_tokenizer():
     converter = TikTokenConverter(
         str(Path(llama_models.llama3.__file__).parent / "tokenizer.model"),
         pattern=reference.pat_str,
-        extra_special_tokens=list(reference.special_tokens),
     )
+    # transformers 5 reads the one, 4 the other
+    converter.extra_special_tokens = list(reference.special_tokens)
+    converter.additional_special_tokens = list(reference.special_tokens)
     return PreTrainedTokenizerFast(
         tokenizer_object=converter.converted(),
         bos_token="<|begin_of_text|>",

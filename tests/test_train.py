@@ -121,11 +121,15 @@ def test_saved_adapter_names_no_path_of_this_machine(finished_run):
     assert tokenizer_config["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
+# Of the course's tokenizer, which pads the batches.
+VOCABULARY = LlamaConfig.from_pretrained(ROOT / "data" / "tiny_llama").vocab_size
+
+
 def random_llama(attention="sdpa", tied=True):
     """Two layers of Llama with random weights, three heads to a key-value head, in float32."""
     set_seed(42)
     config = LlamaConfig(
-        vocab_size=2560, hidden_size=96, intermediate_size=256, num_hidden_layers=2,
+        vocab_size=VOCABULARY, hidden_size=96, intermediate_size=256, num_hidden_layers=2,
         num_attention_heads=6, num_key_value_heads=2, head_dim=16, tie_word_embeddings=tied,
         bos_token_id=1, eos_token_id=2, initializer_range=0.2, attn_implementation=attention,
     )  # fmt: skip
