@@ -91,6 +91,16 @@ def test_other_data_makes_later_results_stale(run_dir, tmp_path):
     assert (run_dir / "tokenized").exists()
 
 
+def test_a_new_adapter_makes_old_answers_stale(run_dir):
+    course = Course.start()
+    for name in ("adapter", "answers", "adapter"):
+        (run_dir / name).mkdir(parents=True, exist_ok=True)
+        course.keep(name, run_dir / name)
+    assert Course.resume("adapter")
+    with pytest.raises(CourseError, match="04_infer"):
+        Course.resume("answers")
+
+
 def test_set_aside_never_overwrites(run_dir):
     course = Course.start()
     for content in ("first", "second", "third"):

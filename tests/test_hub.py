@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 
+import nbformat
 import pytest
 from conftest import ROOT, run_course
 from hub import Hub
@@ -45,6 +46,11 @@ def test_the_course_runs_on_what_the_real_client_downloads(tmp_path, client):
         done = run_course("01_setup", "02_preprocess", "03_train_lora", "04_infer", **environment)
         hub.shutdown()
     assert done.returncode == 0, done.stdout + done.stderr
+
+    for path in (tmp_path / "run" / "executed").glob("*.ipynb"):
+        for cell in nbformat.read(path, as_version=4).cells:
+            for output in cell.get("outputs", []):
+                assert "Warning" not in output.get("text", ""), (path.name, cell.id, output.text)
 
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text(encoding="utf-8"))
     model_dir = manifest["files"]["model"]

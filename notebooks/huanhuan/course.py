@@ -66,7 +66,7 @@ PROFILES = {
     # 1e-4 hardly moves a model a thousand times smaller: a rate of its own.
     "cpu-tiny": Profile(
         "cpu-tiny", str(DATA / "tiny_llama"), "cpu", "float32",
-        learning_rate=4e-3, gradient_checkpointing=False,
+        micro_batch=8, accumulation=2, learning_rate=4e-3, gradient_checkpointing=False,
     ),
     "gpu-fp16": Profile("gpu-fp16", _LLAMA, "cuda", "float16"),
     "gpu-bf16": Profile("gpu-bf16", _LLAMA, "cuda", "bfloat16"),
@@ -181,17 +181,22 @@ class Course:
     def keep(self, name: str, path: str | Path) -> None:
         """List `path` in the manifest as `name`.
 
-        A changed dataset or model makes what was built on it stale: later entries are taken off
-        the list, so that the later notebooks ask to be run again. Their files stay.
+        A changed dataset or model, or an adapter trained anew, makes what was built on it stale:
+        later entries are taken off the list, so that the later notebooks ask to be run again.
+        Their files stay.
         """
         path = Path(path).resolve()
         inside = path.is_relative_to(self.run_dir)
         entry = path.relative_to(self.run_dir).as_posix() if inside else str(path)
         stamp = [entry, path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else [entry]
         files, stamps, order = self.manifest["files"], self.manifest["stamps"], list(MADE_BY)
-        if name in ("data", "model") and files.get(name) and stamps.get(name) != stamp:
-            for later in order[order.index("tokenized") :]:
-                files.pop(later, None)
+        stale = []
+        if name == "adapter":
+            stale = order[order.index("adapter") + 1 :]
+        elif name in ("data", "model") and files.get(name) and stamps.get(name) != stamp:
+            stale = order[order.index("tokenized") :]
+        for later in stale:
+            files.pop(later, None)
         files[name], stamps[name] = entry, stamp
         self._write()
 

@@ -5,6 +5,7 @@ import html
 import io
 import logging
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,7 +39,8 @@ class Figure:
 
     def __init__(self, figure, alt: str):
         buffer = io.StringIO()
-        with matplotlib.rc_context(STYLE):
+        with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph")  # the browser has the characters
             figure.savefig(buffer, format="svg", metadata={"Date": None, "Title": alt})
         plt.close(figure)
         self.svg = buffer.getvalue()
@@ -94,6 +96,19 @@ def loss_curve(history: list[dict], before: float | None = None) -> Figure:
         f"损失曲线：训练集最后 {train[-1][1]:.2f}"
         + (f"，验证集最后 {held[-1][1]:.2f}" if held else ""),
     )
+
+
+def attention_mask(batch: dict) -> Figure:
+    """Which token sees which, of a packed batch: its 4-D mask (1, 1, S, S) as a picture."""
+    sees = batch["attention_mask"][0, 0] == 0
+    size = len(sees)
+    with matplotlib.rc_context(STYLE | {"figure.figsize": (4.6, 4.6)}):
+        figure, axes = _axes()
+        axes.imshow(
+            sees, cmap=matplotlib.colors.ListedColormap(["#f2f2f2", BLUE]), interpolation="nearest"
+        )
+        axes.set(xlabel="被看的词元", ylabel="正在看的词元")
+    return Figure(figure, f"{size} 个词元的注意力掩码：共同的开头，之后每条对话只看得见自己")
 
 
 _TOKEN = (
