@@ -1,6 +1,6 @@
 """Make ``tiny_llama/``: a Llama small enough for a CPU that still answers in Chinese.
 
-    python data/make_tiny_llama.py [--epochs 24] [--out data/tiny_llama]
+    python data/make_tiny_llama.py [--epochs 14] [--out data/tiny_llama]
 
 A byte-level BPE tokenizer with Llama 3's special tokens and chat format is trained on
 ``base_dialogues.jsonl``; then a Llama of about 2 M parameters, with Llama-3.2's proportions

@@ -1,7 +1,11 @@
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import NOTEBOOKS
 
 from huanhuan.course import Course, CourseError, choose_profile
 
@@ -44,6 +48,23 @@ def test_every_profile_takes_16_rows_a_step_and_gpus_the_tutorials_values():
         )
         if profile.device == "cuda":
             assert (profile.epochs, profile.learning_rate, profile.micro_batch) == (3, 1e-4, 4)
+
+
+@pytest.mark.parametrize(
+    ("given", "seen"),
+    [({}, "0"), ({"CUDA_VISIBLE_DEVICES": "2"}, "2"), ({"LOCAL_RANK": "1"}, "None")],
+)
+def test_one_process_sees_one_gpu(given, seen):
+    code = "import os, huanhuan.course; print(os.environ.get('CUDA_VISIBLE_DEVICES'))"
+    plain = {k: v for k, v in os.environ.items() if k not in ("CUDA_VISIBLE_DEVICES", "LOCAL_RANK")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=NOTEBOOKS,
+        env=plain | given,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == seen, done.stderr
 
 
 def test_unknown_profile_and_override_are_named(monkeypatch):

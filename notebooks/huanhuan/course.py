@@ -28,6 +28,11 @@ MADE_BY = {
     "pack": "04_infer",
 }
 
+# One process uses one GPU. Given several, the Trainer would cut every batch into parts for them, and
+# a packed batch cannot be cut. A launcher (torchrun) hands out the GPUs itself.
+if "LOCAL_RANK" not in os.environ:
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "modelscope")
 
 
