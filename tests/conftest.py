@@ -10,6 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = ROOT / "notebooks"
+REAL = (
+    ROOT.parent / "shared" / "data" / "huanhuan.json"
+)  # the tutorial's dataset, where it is at hand
 sys.path.insert(0, str(NOTEBOOKS))
 
 

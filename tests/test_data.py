@@ -2,13 +2,12 @@ import json
 import re
 
 import pytest
-from conftest import ROOT
+from conftest import REAL, ROOT
 
 from huanhuan.course import PROFILES
 from huanhuan.preprocess import load_rows
 
 DATA = ROOT / "data"
-REAL = ROOT.parent / "shared" / "data" / "huanhuan.json"
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from conftest import ROOT
+from conftest import REAL, ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -60,7 +60,6 @@ def test_shorten_leaves_what_fits(tokenizer):
     assert shorten(tokenizer, " 你好 ", 384) == " 你好 "
 
 
-REAL = ROOT.parent / "shared" / "data" / "huanhuan.json"
 SAMPLE = ROOT / "data" / "huanhuan_sample.json"
 
 # What Llama 3.2's template puts before the system prompt; Meta's chat format leaves it to the caller.
