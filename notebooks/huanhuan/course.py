@@ -6,6 +6,7 @@ Everything a run leaves behind lies in one directory, ``HUANHUAN_OUTPUT`` or
 
 import contextlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -30,6 +31,7 @@ MADE_BY = {
 
 # One process uses one GPU. Given several, the Trainer would cut every batch into parts for them, and
 # a packed batch cannot be cut. A launcher (torchrun) hands out the GPUs itself.
+RANK = int(os.environ.get("RANK", 0))  # of this process among those that train together
 if "LOCAL_RANK" not in os.environ:
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
 
@@ -52,33 +54,38 @@ class Profile:
     device: str  # "cpu" or "cuda"
     dtype: str  # of the frozen weights; the adapter is always float32
     revision: str = "master"
+    quantized: bool = False  # the frozen weights in 4 bits instead (bitsandbytes)
     max_length: int = 384  # tokens
-    micro_batch: int = 4  # rows a forward pass; micro_batch × accumulation = 16 rows a step, always
-    accumulation: int = 4
+    micro_batch: int | None = None  # rows a forward pass, of ROWS_PER_STEP; None: 03 measures
     epochs: int = 3
     learning_rate: float = 1e-4
     lora_r: int = 8
     lora_alpha: int = 32
     lora_dropout: float = 0.1
-    gradient_checkpointing: bool = True
+    # The tutorial's True costs about a third more time. 03 turns it on where memory asks for it.
+    gradient_checkpointing: bool = False
     logging_steps: int = 10
     save_steps: int = 200
 
 
+# Rows between two updates of the adapter, whatever the machine, the micro-batch or the number of GPUs.
+ROWS_PER_STEP = 16
+
 _LLAMA = "LLM-Research/Llama-3.2-3B-Instruct"
 
 PROFILES = {
-    # 1e-4 hardly moves a model a thousand times smaller: a rate of its own.
+    # 1e-4 hardly moves a model a thousand times smaller: a rate of its own. The micro-batch is the
+    # fastest of tests/benchmarks/step.py, and fixed: a class gets the same figures on every laptop.
     "cpu-tiny": Profile(
-        "cpu-tiny", str(DATA / "tiny_llama"), "cpu", "float32",
-        micro_batch=8, accumulation=2, learning_rate=4e-3, gradient_checkpointing=False,
+        "cpu-tiny", str(DATA / "tiny_llama"), "cpu", "float32", micro_batch=8, learning_rate=4e-3
     ),
+    "gpu-4bit": Profile("gpu-4bit", _LLAMA, "cuda", "bfloat16", quantized=True),
     "gpu-fp16": Profile("gpu-fp16", _LLAMA, "cuda", "float16"),
     "gpu-bf16": Profile("gpu-bf16", _LLAMA, "cuda", "bfloat16"),
 }  # fmt: skip
 
-# Estimate: 6.0 GiB of weights, 0.2 for adapter and optimizer, up to 3 for logits, 1 for activations.
-GPU_MEMORY_GIB = 10.5
+# What 03 estimates for the real dataset, a row at a time (in 4 bits: with checkpointing), and a margin.
+GPU_MEMORY_GIB, GPU_MEMORY_4BIT_GIB = 9.5, 3.9
 
 
 def choose_profile() -> tuple[str, str]:
@@ -99,9 +106,14 @@ def choose_profile() -> tuple[str, str]:
         torch.cuda.get_device_properties(0).total_memory / 2**30,
     )
     if memory < GPU_MEMORY_GIB:
+        lacks = f"{gpu} 的显存 {memory:.1f} GiB 不足 {GPU_MEMORY_GIB} GiB，放不下 16 位的 3B"
+        if memory < GPU_MEMORY_4BIT_GIB:
+            return "cpu-tiny", f"{lacks}，用小模型"
+        if importlib.util.find_spec("bitsandbytes"):
+            return "gpu-4bit", f"{lacks}，用 4 位权重"
         return (
             "cpu-tiny",
-            f"{gpu} 的显存 {memory:.1f} GiB 不足 {GPU_MEMORY_GIB} GiB，放不下 3B 的训练，用小模型",
+            f"{lacks}，用小模型；先运行 pip install bitsandbytes 再来，就可以用 4 位权重训练 3B",
         )
     # Not torch.cuda.is_bf16_supported(): it says True on a T4, which only emulates bf16.
     if torch.cuda.get_device_capability()[0] >= 8:
@@ -129,6 +141,27 @@ class Course:
     def __repr__(self) -> str:
         return f"档位 {self.profile.name}：{self.reason}\n成果都放在 {self.run_dir}"
 
+    def quantization(self):
+        """The BitsAndBytesConfig with which to load the base model, or None for full precision.
+
+        Raises CourseError where 4 bits are asked for and bitsandbytes is not there.
+        """
+        if not self.profile.quantized:
+            return None
+        import torch
+        from transformers import BitsAndBytesConfig
+
+        if not importlib.util.find_spec("bitsandbytes"):
+            raise CourseError(
+                "gpu-4bit 档位需要 bitsandbytes：请先运行 pip install bitsandbytes，再重启内核。"
+            )
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, self.profile.dtype),
+        )
+
     @classmethod
     def start(cls, **overrides) -> "Course":
         """Choose the profile and open the run directory.
@@ -146,6 +179,11 @@ class Course:
         if os.environ.get("HUANHUAN_MODEL"):
             overrides = {"model": os.environ["HUANHUAN_MODEL"]} | overrides
         profile = replace(PROFILES[name], **overrides)
+        if profile.quantized and profile.device == "cuda" and "dtype" not in overrides:
+            import torch
+
+            if torch.cuda.get_device_capability()[0] < 8:
+                profile = replace(profile, dtype="float16")
         run_dir = _run_dir(name)
         old = _read(run_dir) or {}
         manifest = {
@@ -170,6 +208,10 @@ class Course:
             raise CourseError("这里还没有开始过课程：请先运行 01_setup.ipynb。")
         known = {f.name for f in fields(Profile)}
         profile = Profile(**{k: v for k, v in manifest["profile"].items() if k in known})
+        if "LOCAL_RANK" in os.environ and profile.device == "cuda":
+            import torch
+
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
         course = cls(profile, manifest["reason"], run_dir, manifest)
         for name in needs:
             course.path(name)
@@ -215,7 +257,7 @@ class Course:
 
         Returns the new path, or None where there was nothing to move.
         """
-        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        if RANK != 0 or not path.exists() or (path.is_dir() and not any(path.iterdir())):
             return None
         stamp = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y%m%d-%H%M%S")
         count, moved = 1, path.with_name(f"{path.stem}-{stamp}{path.suffix}")
@@ -237,6 +279,8 @@ class Course:
             print(f"   {name:<10}{self.manifest['files'][name]}")
 
     def _write(self) -> None:
+        if RANK != 0:
+            return
         self.run_dir.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.manifest, ensure_ascii=False, indent=2)
         beside = (

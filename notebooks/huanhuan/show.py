@@ -111,6 +111,36 @@ def attention_mask(batch: dict) -> Figure:
     return Figure(figure, f"{size} 个词元的注意力掩码：共同的开头，之后每条对话只看得见自己")
 
 
+def memory(needs: dict, free: float, peak: float | None = None) -> Figure:
+    """Stacked bars of the memory that each way to split a step needs, against what is free.
+
+    `needs` is {a name: {a part: GiB}}, `free` GiB; `peak`, if given, is what was used in the end.
+    """
+    names = [str(name) for name in needs]
+    most = max(sum(parts.values()) for parts in needs.values())
+    limit = max(most, peak or 0) * 1.15
+    with matplotlib.rc_context(STYLE | {"figure.figsize": (7.5, 1.4 + 0.35 * len(names))}):
+        figure, axes = _axes()
+        left = [0.0] * len(names)
+        colours = (BLUE, AMBER, "#56b4e9", "#009e73")
+        for part, colour in zip(next(iter(needs.values())), colours, strict=True):
+            widths = [parts[part] for parts in needs.values()]
+            axes.barh(names, widths, left=left, color=colour, label=part)
+            left = [a + b for a, b in zip(left, widths, strict=True)]
+        for row, total in enumerate(left):
+            axes.text(total + limit * 0.01, row, f"{total:.2f}", va="center", fontsize=9)
+        if free < 2 * limit:
+            limit = max(limit, free * 1.1)
+            axes.axvline(free, color=ORANGE, linewidth=2)
+        if peak is not None:
+            axes.axvline(peak, color="black", linestyle="--", label=f"实际峰值 {peak:.2f}")
+        axes.set(xlabel=f"GiB（这台机器现在可用 {free:.1f} GiB）", xlim=(0, limit))
+        axes.invert_yaxis()
+        axes.legend(frameon=False, ncols=5, loc="lower left", bbox_to_anchor=(0, 1), fontsize=9)
+    said = "，".join(f"{name} 需要 {total:.2f}" for name, total in zip(names, left, strict=True))
+    return Figure(figure, f"显存或内存估计，GiB：{said}；可用 {free:.1f}")
+
+
 _TOKEN = (
     "display:inline-block;padding:0 3px;line-height:1.35;text-align:center;white-space:pre;"
     f"border:1px solid {GREY};"

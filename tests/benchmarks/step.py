@@ -99,18 +99,15 @@ class Recipe:
 def recipes() -> list[Recipe]:
     """The tutorial's first: the others are compared with it."""
     padded, shared = DataCollatorForSeq2Seq(PADDER), SharedPrefixCollator()
+    splits = [(micro, f"{micro}x{ROWS_PER_STEP // micro}") for micro in (2, 4, 8, 16)]
     found = [
         Recipe("tutorial 4x4", 4, padded, checkpointing=True),
         Recipe("no checkpointing 4x4", 4, padded),
-        Recipe("ours 4x4", 4, shared),
-        Recipe("ours 8x2", 8, shared),
-        Recipe("ours 16x1", 16, shared),
     ]
+    found += [Recipe(f"ours {name}", micro, shared) for micro, name in splits]
     if importlib.util.find_spec("trl"):
-        found += [
-            Recipe("TRL padded 4x4", 4, trl={}),
-            Recipe("TRL padding-free 4x4", 4, trl={"padding_free": True}),
-        ]
+        for kind, arguments in (("padded", {}), ("padding-free", {"padding_free": True})):
+            found += [Recipe(f"TRL {kind} {name}", micro, trl=arguments) for micro, name in splits]
     return found
 
 
