@@ -1,16 +1,23 @@
 # make course：装好环境，跑完五本笔记本    make lab：打开 JupyterLab    make test：运行全部测试
+# make train NPROC=2：跑过 01、02 之后，用几个进程（几块 GPU）一起训练
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 
-.PHONY: course lab test test-oldest test-gpu
+NPROC ?= 1
+
+.PHONY: course lab train test test-oldest test-gpu
 
 course: $(VENV)/installed
 	cd notebooks && ../$(BIN)/python -m huanhuan
 
 lab: $(VENV)/installed
 	cd notebooks && ../$(BIN)/jupyter lab 01_setup.ipynb
+
+train: $(VENV)/installed
+	cd notebooks && ../$(BIN)/torchrun --nproc_per_node $(NPROC) \
+		$$(../$(BIN)/python -m huanhuan script 03_train_lora)
 
 test: $(VENV)/installed-tests
 	$(BIN)/ruff check

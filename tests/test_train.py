@@ -1,9 +1,14 @@
 import json
+import os
 import shutil
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import NOTEBOOKS, ROOT
+from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -18,11 +23,11 @@ from transformers import (
 )
 
 from huanhuan import train
-from huanhuan.course import Course
+from huanhuan.course import PROFILES, Course, CourseError, Profile
 
 
 def small_trainer(tokenizer, folder, steps=4):
-    """A Trainer on the tiny model, with dropout, that writes a checkpoint a step."""
+    """A trainer on the tiny model, with dropout, that writes a checkpoint a step."""
     set_seed(42)
     model = AutoModelForCausalLM.from_pretrained(ROOT / "data" / "tiny_llama", dtype=torch.float32)
     model = get_peft_model(
@@ -35,9 +40,10 @@ def small_trainer(tokenizer, folder, steps=4):
     ]
     args = TrainingArguments(
         folder, max_steps=steps, per_device_train_batch_size=4, save_strategy="steps", save_steps=1,
+        save_total_limit=3,
         learning_rate=1e-2, use_cpu=True, report_to="none", disable_tqdm=True,
     )  # fmt: skip
-    return Trainer(
+    return train.CourseTrainer(
         model=model, args=args, train_dataset=rows, data_collator=DataCollatorForSeq2Seq(tokenizer)
     )
 
@@ -48,29 +54,27 @@ def weights(trainer):
     }
 
 
-def test_estimate_changes_nothing(tokenizer, tmp_path):
-    plain, estimated = (
-        small_trainer(tokenizer, tmp_path / "a"),
-        small_trainer(tokenizer, tmp_path / "b"),
-    )
+def test_timing_the_splits_changes_nothing(tokenizer, tmp_path, run_dir, capsys):
+    plain = small_trainer(tokenizer, tmp_path / "a")
     plain.train()
-    set_seed(42)
-    assert train.estimate_minutes(estimated) > 0
-    assert all(p.grad is None for p in estimated.model.parameters())
-    estimated = small_trainer(tokenizer, tmp_path / "b")
-    train.estimate_minutes(estimated)
-    estimated.train()
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(weights(plain).values(), weights(estimated).values(), strict=True)
-    )
+    timed, rows = small_trainer(tokenizer, tmp_path / "b"), Dataset.from_list(dialogues(40))
+    random_state = torch.get_rng_state()
+    candidates = [train.Split(8), train.Split(4)]
+    split = train.choose_split(Course.start(), {}, timed.model, rows, candidates)
+    assert split.micro_batch in (4, 8) and split.seconds > 0
+    assert capsys.readouterr().out.count("一步约") == 2
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(p.grad is None for p in timed.model.parameters())
+    timed.train()
+    for name, tensor in weights(plain).items():
+        assert torch.equal(weights(timed)[name], tensor)
 
 
 @pytest.fixture
 def interrupted(tokenizer, run_dir):
     """A course whose training of 4 steps stopped after the third; and its recipe."""
     course, recipe = Course.start(), {"rate": 1e-2}
-    assert train.resume_point(course, recipe) is None
+    assert train.resume_point(course, recipe, train.Split(4)) is None
     trainer = small_trainer(tokenizer, run_dir / "checkpoints")
     trainer.train()
     shutil.rmtree(run_dir / "checkpoints" / "checkpoint-4")
@@ -79,7 +83,7 @@ def interrupted(tokenizer, run_dir):
 
 def test_resumed_training_ends_where_the_uninterrupted_one_did(tokenizer, run_dir, interrupted):
     course, recipe, whole = interrupted
-    point = train.resume_point(course, recipe)
+    point = train.resume_point(course, recipe, train.Split(4))
     assert point.name == "checkpoint-3"
     again = small_trainer(tokenizer, run_dir / "checkpoints")
     again.train(resume_from_checkpoint=str(point))
@@ -90,25 +94,35 @@ def test_resumed_training_ends_where_the_uninterrupted_one_did(tokenizer, run_di
 @pytest.mark.parametrize(
     "file", ["adapter_model.safetensors", "optimizer.pt", "trainer_state.json", "rng_state.pth"]
 )
-def test_a_checkpoint_cut_off_while_written_is_passed_over(run_dir, interrupted, file):
+def test_a_damaged_checkpoint_is_passed_over(run_dir, interrupted, file, capsys):
     course, recipe, _ = interrupted
     damaged = run_dir / "checkpoints" / "checkpoint-3" / file
     damaged.write_bytes(damaged.read_bytes()[:100])
-    assert train.resume_point(course, recipe).name == "checkpoint-2"
+    assert train.resume_point(course, recipe, train.Split(4)).name == "checkpoint-2"
+    assert "checkpoint-3 不完整" in capsys.readouterr().out
 
 
 def test_other_recipe_starts_afresh_and_keeps_the_old_checkpoints(run_dir, interrupted):
     course, recipe, _ = interrupted
-    assert train.resume_point(course, recipe | {"rate": 1}) is None
+    assert train.resume_point(course, recipe | {"rate": 1}, train.Split(4)) is None
     assert not list((run_dir / "checkpoints").glob("checkpoint-*"))
     assert list(run_dir.glob("checkpoints-*/checkpoint-3"))
 
 
 def test_finished_training_is_not_resumed(tokenizer, run_dir):
     course = Course.start()
-    train.resume_point(course, {})
+    train.resume_point(course, {}, train.Split(4))
     small_trainer(tokenizer, run_dir / "checkpoints", steps=1).train()
-    assert train.resume_point(course, {}) is None
+    assert train.resume_point(course, {}, train.Split(4)) is None
+
+
+def test_a_training_cut_off_keeps_its_split(tokenizer, interrupted):
+    course, recipe, trainer = interrupted
+    rows = Dataset.from_list(dialogues(20))
+    assert train.choose_split(course, recipe, trainer.model, rows, []) == train.Split(4)
+    candidates = [train.Split(8)]
+    other = train.choose_split(course, recipe | {"rate": 1}, trainer.model, rows, candidates)
+    assert other.micro_batch == 8
 
 
 def test_saved_adapter_names_no_path_of_this_machine(finished_run):
@@ -294,3 +308,240 @@ def test_mask_of_the_models_own_dtype_does_as_well(attention):
         for dtype in (torch.float32, torch.bfloat16)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
+def lora(model, dropout=0.0):
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    return get_peft_model(
+        model, LoraConfig(task_type="CAUSAL_LM", target_modules=targets, lora_dropout=dropout)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_are_as_large_as_estimated(dtype):
+    """What autograd keeps, storage by storage, of a model in the 3B's proportions."""
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=384, intermediate_size=1024, num_hidden_layers=4, head_dim=128,
+        num_attention_heads=3, num_key_value_heads=1, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = lora(LlamaForCausalLM(config).to(dtype), dropout=0.1).train()
+    rows = Dataset.from_list([row(range(10), [i + j for j in range(20)]) for i in range(10, 26)])
+    batch = train.SharedPrefixCollator(dtype)(list(rows))
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def look(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so no address comes twice
+        return tensor
+
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype != torch.float32)
+    with autocast, torch.autograd.graph.saved_tensors_hooks(look, lambda tensor: tensor):
+        model(**batch, use_cache=False)
+    profile = Profile("test", "", "cpu", str(dtype).removeprefix("torch."))
+    needs = train.estimate_memory(config, profile, rows, train.Split(16))
+    estimated = needs["中间结果"] * train.GIB * 4 / 5  # without the layer for the backward pass
+    assert sum(size for size, _ in kept.values()) == pytest.approx(estimated, rel=0.1)
+    own = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+    assert needs["模型权重"] * train.GIB == own
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert needs["适配器与优化器"] * train.GIB == 16 * trained
+
+
+def test_the_3b_fits_where_we_say(genuine):
+    """The shape of Llama-3.2-3B and rows as long as the dataset's: which split on which card?"""
+    config = LlamaConfig(
+        vocab_size=128256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28,
+        num_attention_heads=24, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
+    )  # fmt: skip
+    rows = Dataset.from_list([row(range(80), range(i, i + 30)) for i in range(100, 400)])
+
+    def largest(profile, gib):
+        needs = {
+            split: train.estimate_memory(config, PROFILES[profile], rows, split)
+            for split in train.splits(PROFILES[profile])
+        }
+        assert needs[train.Split(16)]["模型权重"] < 6
+        return train.fitting(PROFILES[profile], needs, gib)[0]
+
+    assert largest("gpu-bf16", 79) == train.Split(16)
+    assert largest("gpu-fp16", 14.4).micro_batch >= 8  # a T4
+    assert largest("gpu-4bit", 7.5).micro_batch >= 4  # a card of 8 GB
+    assert largest("gpu-4bit", 3.2) == train.Split(1, checkpointing=True)
+    with pytest.raises(CourseError, match="训练放不进内存") as error:
+        largest("gpu-bf16", 6)
+    assert "gpu-4bit" in str(error.value)
+
+
+def test_every_split_is_16_rows_and_the_ladder_goes_down():
+    ladder = train.splits(PROFILES["gpu-bf16"])
+    assert [(s.micro_batch, s.accumulation, s.checkpointing) for s in ladder] == [
+        (16, 1, False), (8, 2, False), (4, 4, False), (2, 8, False), (1, 16, False), (1, 16, True),
+    ]  # fmt: skip
+    assert ladder[-1].smaller() is None
+    with pytest.raises(CourseError, match="16"):
+        train.splits(Profile("test", "", "cpu", "float32", micro_batch=3))
+
+
+def test_a_lack_of_memory_is_told_from_other_errors():
+    with pytest.raises(RuntimeError) as no_memory:
+        torch.empty(2**55)
+    assert train.out_of_memory(no_memory.value)
+    assert train.out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
+    assert train.out_of_memory(MemoryError())
+    with pytest.raises(RuntimeError) as other:
+        torch.ones(2, 3) @ torch.ones(2, 3)
+    assert not train.out_of_memory(other.value)
+
+
+class Cramped(torch.nn.Module):
+    """Stands in for a GPU of little memory: a batch of too many tokens makes it fail as a real one.
+
+    From the `since`-th pass on; with checkpointing there is room for `relief` times as many.
+    """
+
+    def __init__(self, inner, room, since=0, relief=1):
+        super().__init__()
+        self.inner, self.room, self.since, self.relief, self.passes = inner, room, since, relief, 0
+
+    def forward(self, hidden_states, *args, **kwargs):
+        self.passes += 1
+        room = self.room * (self.relief if self.inner.gradient_checkpointing else 1)
+        if self.training and self.passes > self.since and hidden_states.shape[1] > room:
+            # big enough to fail on every machine
+            torch.empty(2**55)
+        return self.inner(hidden_states, *args, **kwargs)
+
+
+def packed_training(folder, micro, cramped=None, steps=6):
+    """A training of `steps` steps of 16 rows without dropout: its losses, and its trainer."""
+    model = random_llama()
+    trainer_model = lora(model)
+    if cramped:
+        layers = model.model.layers
+        layers[1] = Cramped(layers[1], **cramped)
+    args = TrainingArguments(
+        folder, max_steps=steps, per_device_train_batch_size=micro, learning_rate=1e-2,
+        gradient_accumulation_steps=16 // micro, logging_steps=1, save_strategy="no", use_cpu=True,
+        report_to="none", disable_tqdm=True, remove_unused_columns=False,
+    )  # fmt: skip
+    trainer = train.CourseTrainer(
+        model=trainer_model, args=args, train_dataset=dialogues(60),
+        data_collator=train.SharedPrefixCollator(),
+    )  # fmt: skip
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], trainer
+
+
+@pytest.mark.parametrize(
+    "cramped, ends_with",
+    [
+        ({"room": 75}, train.Split(4)),
+        ({"room": 75, "since": 3}, train.Split(4)),
+        ({"room": 5, "since": 2, "relief": 100}, train.Split(1, checkpointing=True)),
+    ],
+)
+def test_out_of_memory_goes_on_smaller_with_the_same_losses(tmp_path, capsys, cramped, ends_with):
+    expected, _ = packed_training(tmp_path / "a", 16)
+    capsys.readouterr()
+    losses, trainer = packed_training(tmp_path / "b", 16, cramped)
+    assert trainer.split == ends_with
+    assert len(losses) == 6 and losses == pytest.approx(expected, abs=1.01e-4)
+    said = capsys.readouterr().out
+    assert said.count("内存不够") >= 2 and str(ends_with) in said
+    if "since" in cramped:
+        assert "第 3 步内存不够" in said or "第 4 步内存不够" in said
+
+
+def test_out_of_memory_at_the_end_of_the_ladder_says_what_to_do(tmp_path):
+    with pytest.raises(CourseError, match="训练放不进内存"):
+        packed_training(tmp_path, 16, {"room": 5})
+
+
+def test_the_last_step_is_filled_without_changing_it(tmp_path):
+    rows = dialogues(19)
+    filled = train._fill_last_step(rows)
+    assert len(filled) == 32 and filled[:19] == rows
+    assert all(set(one["labels"]) == {-100} for one in filled[19:])
+    of_dataset = train._fill_last_step(Dataset.from_list(rows))
+    assert of_dataset.to_list() == filled
+    model = random_llama()
+    alone = train.SharedPrefixCollator()(filled[30:])
+    assert model(**alone, num_items_in_batch=7).loss.item() == 0
+
+
+KILLED = """
+    import os, random, signal, sys, time
+    from pathlib import Path
+
+    sys.path[:0] = [{tests!r}, {notebooks!r}]
+    import test_train
+    from test_train import *
+
+    def whole_training():
+        torch.set_num_threads(1)
+        course = Course.start()
+        recipe, split = {{}}, train.Split(8)
+        trainer = test_train.resumable_trainer(course.run_dir / "checkpoints")
+        trainer.train(resume_from_checkpoint=train.resume_point(course, recipe, split))
+
+    draw = random.Random(int(sys.argv[1]))
+    moments = sorted(draw.sample(range(2, 180), int(sys.argv[2])))  # steps
+    folder, in_a_save = Path(os.environ["HUANHUAN_OUTPUT"]) / "checkpoints", 0
+    for number, moment in enumerate([*moments, None]):
+        child = os.fork()  # torch is imported, and has computed nothing yet: a fork is safe
+        if not child:
+            whole_training()
+            os._exit(0)
+        if moment is None:
+            break
+        while not any(int(p.name[11:]) >= moment for p in folder.glob("checkpoint-*")):
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, 0.05))
+        while number % 2 and not (folder / "unfinished").exists():
+            time.sleep(0.0002)
+        in_a_save += (folder / "unfinished").exists()
+        os.kill(child, signal.SIGKILL)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL, "it had ended before it was killed"
+    assert os.waitpid(child, 0)[1] == 0
+    print("killed while a checkpoint was being written:", in_a_save)
+"""
+
+
+def resumable_trainer(folder):
+    """240 steps with dropout, a checkpoint every second step."""
+    args = TrainingArguments(
+        folder, max_steps=240, per_device_train_batch_size=8, gradient_accumulation_steps=2,
+        learning_rate=1e-2, logging_steps=1, save_steps=2, save_total_limit=2, use_cpu=True,
+        report_to="none", disable_tqdm=True, remove_unused_columns=False,
+    )  # fmt: skip
+    return train.CourseTrainer(
+        model=lora(random_llama(), dropout=0.1), args=args, train_dataset=dialogues(70),
+        data_collator=train.SharedPrefixCollator(),
+    )  # fmt: skip
+
+
+def losses_of(run_dir):
+    """Every loss that the last checkpoint of a run remembers."""
+    last = max((run_dir / "checkpoints").glob("checkpoint-*"), key=lambda p: int(p.name[11:]))
+    state = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))
+    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_killed_at_20_random_moments_the_losses_are_those_of_a_run_never_killed(tmp_path):
+    code = textwrap.dedent(KILLED).format(tests=str(ROOT / "tests"), notebooks=str(NOTEBOOKS))
+    runs = {}
+    for kills in (0, 20):
+        run_dir = tmp_path / str(kills)
+        done = subprocess.run(
+            [sys.executable, "-c", code, "7", str(kills)],
+            env=os.environ | {"HUANHUAN_OUTPUT": str(run_dir)}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        runs[kills] = losses_of(run_dir)
+        said = done.stdout
+    assert "接着训练" in said
+    assert int(said.split("being written: ")[1]) >= 5
+    assert len(runs[0]) == 240 and runs[20] == runs[0]

@@ -2,6 +2,9 @@
 
 Executes the named notebooks, or all five, in order, with one line a notebook; writes executed
 copies and an HTML of each under the run directory. After all five: a report card.
+
+``python -m huanhuan script 03_train_lora`` writes ``output/03_train_lora.py`` instead, for
+torchrun: the notebook's code cells but those that only a reader needs (tag ``notebook-only``).
 """
 
 import base64
@@ -124,13 +127,47 @@ def report(manifest: dict, answers: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+# All processes run every cell: each needs the model, and saving a model cut into parts needs them
+# all. What only one may do (rename, write, draw) the helper leaves to the first.
+SCRIPT_HEAD = """# Made from {name}.ipynb by: python -m huanhuan script {name}
+import os
+import sys
+
+os.chdir(os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+sys.path.insert(0, os.getcwd())
+if int(os.environ.get("RANK", 0)) > 0:
+    sys.stdout = open(os.devnull, "w")  # the first process speaks for all
+"""
+
+
+def script(path: Path) -> Path:
+    """Write the program that the notebook at `path` is; returns where it lies."""
+    cells = [
+        cell.source
+        for cell in nbformat.read(path, as_version=4).cells
+        if cell.cell_type == "code" and "notebook-only" not in cell.metadata.get("tags", [])
+    ]
+    target = NOTEBOOKS / "output" / f"{path.stem}.py"
+    target.parent.mkdir(exist_ok=True)
+    text = "\n\n".join([SCRIPT_HEAD.format(name=path.stem), *cells]) + "\n"
+    target.write_text(text, encoding="utf-8")
+    return target
+
+
 def main(names: list[str]) -> None:
     books = sorted(NOTEBOOKS.glob("0*.ipynb"))
+    wants_script = names[:1] == ["script"]
+    names = names[wants_script:]
     unknown = set(names) - {path.stem for path in books}
     if unknown:
         raise CourseError(
             f"没有这本笔记本：{'、'.join(sorted(unknown))}，可以写的有 {'、'.join(p.stem for p in books)}。"
         )
+    if wants_script:
+        for path in books:
+            if path.stem in names:
+                print(script(path).relative_to(NOTEBOOKS))
+        return
     settle_paths()
     started = time.time()
     print(f"档位：{'，'.join(choose_profile())}")

@@ -32,6 +32,7 @@ MADE_BY = {
 # One process uses one GPU. Given several, the Trainer would cut every batch into parts for them, and
 # a packed batch cannot be cut. A launcher (torchrun) hands out the GPUs itself.
 RANK = int(os.environ.get("RANK", 0))  # of this process among those that train together
+SHARDED = os.environ.get("ACCELERATE_USE_FSDP") == "true"  # a model cut into parts, one a process
 if "LOCAL_RANK" not in os.environ:
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
 
@@ -137,6 +138,11 @@ class Course:
         """Name of the base model, without this machine's path: what an adapter that travels may say."""
         model = self.profile.model
         return Path(model).name if Path(model).is_dir() else model
+
+    @property
+    def load_device(self) -> str:
+        """Where to load the model: main memory if FSDP will cut it up, else where it is used."""
+        return "cpu" if SHARDED else self.profile.device
 
     def __repr__(self) -> str:
         return f"档位 {self.profile.name}：{self.reason}\n成果都放在 {self.run_dir}"

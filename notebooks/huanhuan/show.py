@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from IPython.display import HTML
 
-from huanhuan.course import Course, CourseError
+from huanhuan.course import RANK, Course, CourseError
 
 BLUE, ORANGE, AMBER, GREY = "#0072b2", "#d55e00", "#e69f00", "#888888"  # safe for the colour-blind
 
@@ -47,6 +47,11 @@ class Figure:
 
     def _repr_svg_(self) -> str:
         return self.svg
+
+    def save(self, path: Path) -> None:
+        """Write the SVG. Of several processes, only the first does."""
+        if RANK == 0:
+            path.write_text(self.svg, encoding="utf-8")
 
 
 def _axes():

@@ -19,7 +19,7 @@ from accelerate import PartialState
 from accelerate.utils.memory import should_reduce_batch_size
 from safetensors import SafetensorError, safe_open
 
-from huanhuan.course import RANK, ROWS_PER_STEP, Course, CourseError, Profile, peak_memory_gib
+from huanhuan.course import ROWS_PER_STEP, SHARDED, Course, CourseError, Profile, peak_memory_gib
 
 GIB = 2**30
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # that train together; torchrun sets it
@@ -181,6 +181,8 @@ def estimate_memory(config, profile: Profile, rows, split: Split) -> dict[str, f
     hidden, wide, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     layer = 72 * hidden + 20 * wide if size == 4 else 52 * hidden + 12 * wide  # bytes a token
     kept = layers * hidden * size + layer if split.checkpointing else layers * layer
+    if SHARDED:
+        weights, adapter = weights / PROCESSES, adapter / PROCESSES
     return {
         "模型权重": weights / GIB,
         "适配器与优化器": adapter * 16 / GIB,  # value, gradient and Adam's two, all float32
@@ -197,16 +199,17 @@ def free_memory(profile: Profile) -> float:
     return psutil.virtual_memory().available / GIB
 
 
-def fitting(needs: dict[Split, dict[str, float]], free: float) -> list[Split]:
+def fitting(profile: Profile, needs: dict[Split, dict[str, float]], free: float) -> list[Split]:
     """Of the splits whose needs were estimated, those worth timing in `free` GiB.
 
-    The three largest without checkpointing, or else the first that fits at all. Raises CourseError
-    where none does. A tenth of the memory is left for what the estimate does not know.
+    The three largest without checkpointing, or else the first that fits at all; only one where the
+    profile says which. Raises CourseError where none fits. A tenth of the memory is left for what
+    the estimate does not know.
     """
     fit = [split for split, parts in needs.items() if sum(parts.values()) <= 0.9 * free]
     if not fit:
         raise CourseError(TOO_BIG)
-    return [split for split in fit if not split.checkpointing][:3] or fit[:1]
+    return [s for s in fit if not s.checkpointing][: 1 if profile.micro_batch else 3] or fit[:1]
 
 
 def memory_held(profile: Profile) -> float:
@@ -264,6 +267,8 @@ def choose_split(course: Course, recipe: dict, model, rows, candidates: list[Spl
     if unfinished:
         print("上次的训练还没有完，接着用它的分法。")
         return Split(**unfinished["split"])
+    if SHARDED:  # a model that is to be cut into parts runs nowhere whole
+        return candidates[0]
     typical = [rows[i] for i in range(0, len(rows), -(-len(rows) // ROWS_PER_STEP))]
     timed = []
     for split in candidates:
@@ -301,6 +306,7 @@ class CourseTrainer(transformers.Trainer):
     def __init__(self, *, args, train_dataset, **others):
         args.ddp_find_unused_parameters = False  # the adapter's are all used
         super().__init__(args=args, train_dataset=_fill_last_step(train_dataset), **others)
+        self.split = Split(args.per_device_train_batch_size, bool(args.gradient_checkpointing))
         self._beside = None
 
     def train(self, resume_from_checkpoint=None, **others):
@@ -317,12 +323,9 @@ class CourseTrainer(transformers.Trainer):
             print(f"第 {self.state.global_step + 1} 步内存不够，改成 {smaller}，从这一步接着训练。")
             resume_from_checkpoint = self._go_on_with(smaller)
 
-    @property
-    def split(self) -> Split:
-        return Split(self.args.per_device_train_batch_size, self.model.is_gradient_checkpointing)
-
     def _go_on_with(self, split: Split) -> str | None:
         """Change to `split`; returns a checkpoint of the last whole step, None before the first."""
+        self.split = split
         self.model.zero_grad()
         gc.collect()
         torch.cuda.empty_cache()
@@ -453,10 +456,8 @@ def make_portable(adapter_dir: Path, base_name: str) -> None:
 
     peft notes where the base model lay on this disk; its name is put there instead. transformers 5
     notes a tokenizer class that 4.x does not know; the class that both know is put there. The
-    Trainer's own arguments, full of paths, are taken out. With several processes, the first does it.
+    Trainer's own arguments, full of paths, are taken out.
     """
-    if RANK != 0:
-        return
     (Path(adapter_dir) / "training_args.bin").unlink(missing_ok=True)
     for file, field, value in (
         ("adapter_config.json", "base_model_name_or_path", base_name),
