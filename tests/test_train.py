@@ -1,13 +1,15 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 import torch
-from conftest import NOTEBOOKS, ROOT
+from conftest import NOTEBOOKS, ROOT, run_course
 from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -545,3 +547,92 @@ def test_killed_at_20_random_moments_the_losses_are_those_of_a_run_never_killed(
     assert "接着训练" in said
     assert int(said.split("being written: ")[1]) >= 5
     assert len(runs[0]) == 240 and runs[20] == runs[0]
+
+
+def prepared_run(finished_run, run_dir, **overrides):
+    """A run directory that 01 and 02 have been through, with a profile of its own."""
+    course = Course.start(epochs=1, logging_steps=1, save_steps=20, **overrides)
+    for name in ("data", "model", "tokenized"):
+        course.keep(name, finished_run.path(name))
+    return course
+
+
+def train_script(processes, run_dir, wait=True):
+    """Notebook 03 as a program, run by torchrun in so many processes, as `make train` runs it."""
+    script = subprocess.run(
+        [sys.executable, "-m", "huanhuan", "script", "03_train_lora"],
+        cwd=NOTEBOOKS, capture_output=True, text=True, check=True,
+    ).stdout.strip()  # fmt: skip
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*launcher, f"--nproc_per_node={processes}", script]
+    environment = os.environ | {"HUANHUAN_OUTPUT": str(run_dir)}
+    if not wait:
+        with open(run_dir / "said.txt", "w") as said:
+            return subprocess.Popen(
+                command, cwd=NOTEBOOKS, env=environment, stdout=said, stderr=said,
+                start_new_session=True,
+            )  # fmt: skip
+    done = subprocess.run(command, cwd=NOTEBOOKS, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture
+def one_process(finished_run, run_dir):
+    """The losses of notebook 03's training in one process, without dropout."""
+    prepared_run(finished_run, run_dir, lora_dropout=0.0)
+    train_script(1, run_dir)
+    losses = losses_of(run_dir)
+    assert len(losses) > 80 and losses[-1] < losses[0] - 1
+    return losses
+
+
+def test_two_processes_train_as_one(finished_run, run_dir, one_process, tmp_path, monkeypatch):
+    two = tmp_path / "two"
+    monkeypatch.setenv("HUANHUAN_OUTPUT", str(two))
+    course = prepared_run(finished_run, two, lora_dropout=0.0)
+    said = train_script(2, two)
+    losses = losses_of(two)
+    assert losses == pytest.approx(one_process, abs=1.01e-4)
+    assert "8 × 1" in said  # twice 8 rows a step
+    assert said.count("✅ 03_train_lora 完成") == 1  # only the first process speaks
+    assert Course.resume("adapter").path("adapter").is_relative_to(course.run_dir)
+    assert (two / "loss.svg").exists()
+
+
+def test_the_script_killed_goes_on_to_the_same_losses(run_dir, one_process, finished_run):
+    shutil.rmtree(run_dir / "checkpoints")
+    running = train_script(1, run_dir, wait=False)
+    while not (run_dir / "checkpoints" / "checkpoint-40").exists():
+        assert running.poll() is None, (run_dir / "said.txt").read_text()[-3000:]
+        time.sleep(0.01)
+    os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+    said = train_script(1, run_dir)
+    assert "从 checkpoint-40 接着训练" in said or "从 checkpoint-60 接着训练" in said
+    assert losses_of(run_dir) == one_process
+
+
+def test_4_bit_weights_train_and_answer(finished_run, run_dir):
+    """The profile of small cards, on the CPU: bitsandbytes works there too."""
+    import bitsandbytes
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    course = prepared_run(finished_run, run_dir, quantized=True)
+    assert isinstance(course.quantization(), BitsAndBytesConfig)
+    model = AutoModelForCausalLM.from_pretrained(
+        course.path("model"), device_map="cpu", quantization_config=course.quantization()
+    )
+    layer = model.model.layers[0].mlp.up_proj
+    assert isinstance(layer, bitsandbytes.nn.Linear4bit) and layer.weight.dtype == torch.uint8
+    train_script(1, run_dir)
+    losses = losses_of(run_dir)
+    assert sum(losses[-10:]) < sum(losses[:10]) - 5
+    done = run_course("04_infer", HUANHUAN_OUTPUT=str(run_dir))
+    assert done.returncode == 0, done.stderr
+
+
+def test_4_bits_without_bitsandbytes_say_what_to_install(run_dir, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(CourseError, match="pip install bitsandbytes"):
+        Course.start(quantized=True).quantization()

@@ -310,6 +310,9 @@ class CourseTrainer(transformers.Trainer):
         self._beside = None
 
     def train(self, resume_from_checkpoint=None, **others):
+        # accelerate takes a model that has been evaluated for prepared, and would not give it to
+        # DDP: the processes would train apart, each on its share, without a word.
+        self.model._is_accelerate_prepared = False
         while True:
             try:
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **others)

@@ -1,6 +1,7 @@
 """One optimizer step of 16 dialogues, by several recipes: seconds, and proof that they do the same.
 
     python tests/benchmarks/step.py [--rows FILE] [--rounds N] [--only NAME…] [--out FILE.json]
+                                    [--llamafactory PYTHON]
 
 The model is Llama-3.2-3B at about a twelfth of its width, with random weights: all 28 layers, and a
 head as large, next to a layer, as the real one. The rows are real dialogues, tokenised by the
@@ -8,7 +9,8 @@ genuine Llama 3 tokenizer. Every round draws 16 of them, and every recipe takes 
 further on its own copy of the model; the recipes take turns, so that whatever else this machine
 does hits them all. Dropout is 0: the losses of a round must agree to 4 decimals.
 
-Needs what the tests need. TRL's SFTTrainer takes part where ``trl`` is installed.
+Needs what the tests need. TRL's SFTTrainer takes part where ``trl`` is installed, LLaMA-Factory
+from an environment of its own (see llama_factory.py).
 """
 
 import argparse
@@ -17,6 +19,7 @@ import importlib.util
 import json
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -29,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 import transformers
 from conftest import ROOT, genuine_tokenizer, notebook_process_func
+from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoTokenizer,
@@ -94,9 +98,10 @@ class Recipe:
     collator: Callable | None = None
     checkpointing: bool = False
     trl: dict | None = None  # arguments of SFTConfig; then SFTTrainer brings its own collator
+    llama_factory: bool = False
 
 
-def recipes() -> list[Recipe]:
+def recipes(llama_factory: bool) -> list[Recipe]:
     """The tutorial's first: the others are compared with it."""
     padded, shared = DataCollatorForSeq2Seq(PADDER), SharedPrefixCollator()
     splits = [(micro, f"{micro}x{ROWS_PER_STEP // micro}") for micro in (2, 4, 8, 16)]
@@ -108,6 +113,10 @@ def recipes() -> list[Recipe]:
     if importlib.util.find_spec("trl"):
         for kind, arguments in (("padded", {}), ("padding-free", {"padding_free": True})):
             found += [Recipe(f"TRL {kind} {name}", micro, trl=arguments) for micro, name in splits]
+    if llama_factory:
+        found += [
+            Recipe(f"LLaMA-Factory {name}", micro, llama_factory=True) for micro, name in splits[:3]
+        ]
     return found
 
 
@@ -138,7 +147,6 @@ def step(recipe: Recipe, model, rows: list[dict], folder: str) -> tuple[float, f
             model, TrainingArguments(**common), recipe.collator, rows, callbacks=[clock]
         )
     else:
-        from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
 
         trainer = SFTTrainer(
@@ -157,22 +165,59 @@ def step(recipe: Recipe, model, rows: list[dict], folder: str) -> tuple[float, f
     return clock.seconds, float(sum(losses))
 
 
-def measure(recipes: list[Recipe], rows: list[dict], rounds: int) -> dict[str, dict[str, list]]:
+class LlamaFactory:
+    """The server of llama_factory.py, and the folders through which it gets models and rows."""
+
+    def __init__(self, python: Path, folder: str, recipes: list[Recipe]):
+        self.folder = Path(folder)
+        for recipe in recipes:
+            model = proxy()
+            model.save_pretrained(self.folder / recipe.name)
+        model.unload().save_pretrained(self.folder / "model")
+        PADDER.save_pretrained(self.folder / "model")
+        command = [str(python), str(Path(__file__).with_name("llama_factory.py"))]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
+        )
+
+    def step(self, recipe: Recipe, rows: list[dict]) -> tuple[float, float]:
+        DatasetDict(train=Dataset.from_list(rows)).save_to_disk(self.folder / "rows")
+        asked = {
+            "micro_batch": recipe.micro_batch, "rows": str(self.folder / "rows"),
+            "model": str(self.folder / "model"), "adapter": str(self.folder / recipe.name),
+        }  # fmt: skip
+        print(json.dumps(asked), file=self.process.stdin, flush=True)
+        answer = json.loads(self.process.stdout.readline())
+        return answer["seconds"], answer["loss"]
+
+
+def measure(
+    recipes: list[Recipe], rows: list[dict], rounds: int, python: Path | None
+) -> dict[str, dict[str, list]]:
     """`rounds` steps of every recipe, in turns, after one to warm up that is not counted."""
     models = {recipe.name: proxy() for recipe in recipes}
     found = {recipe.name: {"seconds": [], "losses": []} for recipe in recipes}
     draw = random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
+        others = [recipe for recipe in recipes if recipe.llama_factory]
+        server = LlamaFactory(python, folder, others) if others else None
         for round in range(rounds + 1):
             batch = draw.sample(rows, ROWS_PER_STEP)
             tokens = sum(len(row["input_ids"]) for row in batch)
             print(f"round {round}: {tokens} tokens", "(warming up)" if round == 0 else "")
             for recipe in recipes:
-                seconds, loss = step(recipe, models[recipe.name], batch, folder)
+                if recipe.llama_factory:
+                    seconds, loss = server.step(recipe, batch)
+                else:
+                    seconds, loss = step(recipe, models[recipe.name], batch, folder)
                 print(f"    {recipe.name:<24}{seconds:8.3f} s   loss {loss:.6f}", flush=True)
                 if round:
                     found[recipe.name]["seconds"].append(seconds)
                     found[recipe.name]["losses"].append(loss)
+        if server:
+            server.process.stdin.close()
+            server.process.wait()
     return found
 
 
@@ -181,12 +226,17 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, default=ROOT / "data" / "huanhuan_sample.json")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="+", help="recipes, by the beginning of their names")
+    parser.add_argument("--llamafactory", type=Path, help="the python that has it installed")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore")
-    chosen = [r for r in recipes() if not asked.only or r.name.startswith(tuple(asked.only))]
-    found = measure(chosen, dialogues(asked.rows), asked.rounds)
+    chosen = [
+        r
+        for r in recipes(bool(asked.llamafactory))
+        if not asked.only or r.name.startswith(tuple(asked.only))
+    ]
+    found = measure(chosen, dialogues(asked.rows), asked.rounds, asked.llamafactory)
 
     base = statistics.median(found[chosen[0].name]["seconds"])
     print(f"\n{'recipe':<24}{'median s':>10}{'min':>8}{'max':>8}   times faster than the first")

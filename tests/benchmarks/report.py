@@ -1,0 +1,101 @@
+"""Turn ``results/*.json`` into the README's tables and imgs/bench_step.svg.
+
+python tests/benchmarks/report.py
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import matplotlib
+import matplotlib.pyplot as plt
+from conftest import ROOT
+
+from huanhuan.show import BLUE, GREY, ORANGE, STYLE, Figure
+
+RESULTS = Path(__file__).parent / "results"
+START, END = "<!-- bench: make bench 写到这里 -->", "<!-- bench: 到此为止 -->"
+
+# What the README shows of the step: everybody's best split.
+FAMILIES = {
+    "tutorial": "教程：补齐 + 梯度检查点",
+    "no checkpointing": "教程，不用检查点",
+    "LLaMA-Factory": "LLaMA-Factory，最好的一种",
+    "TRL padded": "TRL，补齐",
+    "TRL padding-free": "TRL，padding-free",
+    "ours": "本课程：合并开头",
+}
+
+
+def results(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def best_of_each(recipes: dict) -> list[tuple[str, str, dict]]:
+    """(label, split, result) of the fastest split of every family."""
+    rows = []
+    for family, label in FAMILIES.items():
+        mine = {name: one for name, one in recipes.items() if name.rsplit(" ", 1)[0] == family}
+        if mine:
+            name = min(mine, key=lambda name: mine[name]["median_seconds"])
+            rows.append((label, name.rsplit(" ", 1)[1].replace("x", " × "), mine[name]))
+    return rows
+
+
+def tables() -> str:
+    """Markdown for the README."""
+    step, growth, asking = results("step"), results("growth"), results("asking")
+    lines = ["| 一步 16 条对话 | 最好的分法 | 秒（中位数） | 比教程快 |", "|---|---|---|---|"]
+    for label, split, one in best_of_each(step["recipes"]):
+        seconds, times = one["median_seconds"], one["times_faster"]
+        lines.append(f"| {label} | {split} | {seconds:.2f} | {times:.2f} × |")
+    lines += ["", f"各种做法每一步的损失最多相差 {step['largest_loss_difference']:.0e}。", ""]
+    lines += ["| 训练多少条 | 每条多少词元 | 每个词元，微秒 | 内存峰值 GiB |", "|---|---|---|---|"]
+    for case in growth["cases"]:
+        lines.append(
+            f"| {case['rows']} | {case['tokens_a_row']} | {case['microseconds_a_token']:.0f} "
+            f"| {case['peak_memory_gib']:.2f} |"
+        )
+    lines += ["", "| 提问 | 词元 / 秒 | 一条回答的词元 | 一条回答的秒数 |", "|---|---|---|---|"]
+    labels = {
+        "ours, merged": "适配器已合并",
+        "ours, adapter": "适配器未合并",
+        "tutorial's call, adapter": "教程的写法，未合并",
+    }
+    for name, one in asking["ways"].items():
+        lines.append(
+            f"| {labels[name]} | {one['tokens_a_second']:.0f} | {one['tokens_a_reply']:.0f} "
+            f"| {one['seconds_a_reply']:.2f} |"
+        )
+    versions = "，".join(f"{k} {v}" for k, v in step["versions"].items())
+    lines += ["", f"测量环境：{step['machine']}；{versions}。"]
+    return "\n".join(lines)
+
+
+def picture() -> str:
+    """The step's table as SVG."""
+    rows = best_of_each(results("step")["recipes"])
+    with matplotlib.rc_context(STYLE):
+        figure, axes = plt.subplots()
+        names = [f"{label}（{split}）" for label, split, _ in rows]
+        seconds = [one["median_seconds"] for _, _, one in rows]
+        colours = [ORANGE, *[GREY] * (len(rows) - 2), BLUE]
+        bars = axes.barh(names, seconds, color=colours)
+        axes.bar_label(bars, [f"{s:.2f} 秒" for s in seconds], padding=4)
+        axes.set(xlabel="一步 16 条对话的秒数，越短越好", xlim=(0, max(seconds) * 1.15))
+        axes.invert_yaxis()
+    return Figure(figure, "几种训练做法一步所用的时间").svg
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    before, rest = text.split(START)
+    after = rest.split(END)[1]
+    readme.write_text(f"{before}{START}\n{tables()}\n{END}{after}", encoding="utf-8")
+    (ROOT / "imgs" / "bench_step.svg").write_text(picture(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
