@@ -7,7 +7,7 @@ OLDEST := .venv-oldest
 
 NPROC ?= 1
 
-.PHONY: course lab train test test-oldest test-gpu
+.PHONY: course lab train test test-oldest test-gpu bench
 
 course: $(VENV)/installed
 	cd notebooks && ../$(BIN)/python -m huanhuan
@@ -30,6 +30,20 @@ test-oldest: $(OLDEST)/installed
 
 test-gpu: $(VENV)/installed-tests
 	$(BIN)/pytest -m gpu -s tests
+
+# LLaMA-Factory takes part with LLAMAFACTORY=the python of its environment (see llama_factory.py).
+RESULTS := tests/benchmarks/results
+bench: $(VENV)/installed-tests
+	$(BIN)/pip install -q trl -c constraints.txt
+	test -d notebooks/output/cpu-tiny/llama3_lora || HUANHUAN_PROFILE=cpu-tiny $(MAKE) course
+	$(BIN)/python tests/benchmarks/read_rows.py
+	$(BIN)/python tests/benchmarks/step.py --out $(RESULTS)/step.json \
+		$(if $(LLAMAFACTORY),--llamafactory $(LLAMAFACTORY))
+	$(BIN)/python tests/benchmarks/growth.py --out $(RESULTS)/growth.json
+	HUANHUAN_PROFILE=cpu-tiny $(BIN)/python tests/benchmarks/asking.py --out $(RESULTS)/asking.json
+	if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
+		$(BIN)/python tests/benchmarks/cuda.py --out $(RESULTS)/cuda.json; fi
+	$(BIN)/python tests/benchmarks/report.py
 
 $(VENV)/installed: requirements.txt constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)

@@ -17,7 +17,7 @@ sys.path.insert(0, str(NOTEBOOKS))
 
 
 def pytest_configure(config):
-    for name in ("HUANHUAN_DATA", "HUANHUAN_MODEL"):
+    for name in ("HUANHUAN_DATA", "HUANHUAN_MODEL", "HUANHUAN_PERSONA"):
         os.environ.pop(name, None)
     os.environ["HUANHUAN_PROFILE"] = "cpu-tiny"
     config.run_folder = tempfile.TemporaryDirectory(prefix="huanhuan-")

@@ -31,7 +31,7 @@ def settle_paths() -> None:
     They are looked for from the project's root, where ``make`` is called, then from the current
     directory. What is found in neither (a hub id, a wrong path) is left as it is.
     """
-    for name in ("HUANHUAN_DATA", "HUANHUAN_MODEL"):
+    for name in ("HUANHUAN_DATA", "HUANHUAN_MODEL", "HUANHUAN_PERSONA"):
         value = os.environ.get(name, "")
         found = [
             start / value
@@ -102,6 +102,8 @@ def attach_pictures(notebook: nbformat.NotebookNode) -> None:
 
 def report(manifest: dict, answers: list[dict]) -> str:
     """The report card, as Markdown text."""
+    from huanhuan.prompt import NAME  # after settle_paths: HUANHUAN_PERSONA decides
+
     results = manifest["results"]
     lines = ["", f"# 成绩单（{manifest['profile']['name']}，{manifest['machine']}）", ""]
     shown = answers[:5]  # the question that was trained on first, then ordinary life
@@ -113,7 +115,7 @@ def report(manifest: dict, answers: list[dict]) -> str:
     lines += [
         "",
         f"验证集损失：{before:.3f} → {after:.3f}（{after / before - 1:+.0%}）",
-        f"没训练过的身份问法，以甄嬛的身份回答：{results['persona_base']:.0%} → {results['persona_tuned']:.0%}",
+        f"没训练过的身份问法，以{NAME}的身份回答：{results['persona_base']:.0%} → {results['persona_tuned']:.0%}",
         f"说完自己停下来：{results['stopped_tuned']:.0%}",
         "",
         "| 笔记本 | 分钟 | 内存峰值 GiB |",

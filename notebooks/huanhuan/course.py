@@ -195,6 +195,7 @@ class Course:
         manifest = {
             "profile": asdict(profile),
             "reason": reason,
+            "persona": _persona(),
             "machine": machine(),
             "versions": versions(),
         }
@@ -212,6 +213,12 @@ class Course:
         manifest = _read(run_dir)
         if manifest is None:
             raise CourseError("这里还没有开始过课程：请先运行 01_setup.ipynb。")
+        made_for = manifest.get("persona", _persona())
+        if made_for != _persona():
+            raise CourseError(
+                f"这里的成果是给“{made_for['name']}”做的，现在的角色却是“{_persona()['name']}”："
+                "请把 HUANHUAN_PERSONA 改回去，或者从 01_setup.ipynb 重新开始。"
+            )
         known = {f.name for f in fields(Profile)}
         profile = Profile(**{k: v for k, v in manifest["profile"].items() if k in known})
         if "LOCAL_RANK" in os.environ and profile.device == "cuda":
@@ -297,7 +304,16 @@ class Course:
 
 
 def _run_dir(profile: str) -> Path:
-    return Path(os.environ.get("HUANHUAN_OUTPUT") or NOTEBOOKS / "output" / profile).resolve()
+    """HUANHUAN_OUTPUT, or a folder named after the profile, and the persona where it is another."""
+    persona = os.environ.get("HUANHUAN_PERSONA")
+    name = f"{profile}-{Path(persona).stem}" if persona else profile
+    return Path(os.environ.get("HUANHUAN_OUTPUT") or NOTEBOOKS / "output" / name).resolve()
+
+
+def _persona() -> dict:
+    from huanhuan.prompt import PERSONA  # which reads its file with this module's help
+
+    return PERSONA
 
 
 def _read(run_dir: Path) -> dict | None:

@@ -1,18 +1,35 @@
 """Room 04: ask, compare, take home."""
 
+import hashlib
 import json
+import math
+import random
+import threading
+import time
 import zipfile
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 import torch
+from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from huanhuan.course import DATA, Course
-from huanhuan.prompt import prompt_ids
+from huanhuan.course import DATA, Course, CourseError, versions
+from huanhuan.prompt import CALLED, DATE_STRING, NAME, SYSTEM_PROMPT, prompt_ids, shorten
 
 # No dataset text holds more than this many tokens: a reply that reaches it did not end by itself.
 REPLY_LIMIT = 200
+
+# The tutorial's, for talking to her; comparisons are greedy.
+SAMPLING = {
+    "do_sample": True,
+    "top_p": 0.9,
+    "temperature": 0.5,
+    "repetition_penalty": 1.1,
+    "max_new_tokens": 512,
+}
 
 
 @dataclass(frozen=True)
@@ -64,8 +81,8 @@ def compare(model, tokenizer, questions: list[str]) -> pd.DataFrame:
 
 
 def in_persona(answer: str) -> bool:
-    """Does this answer to an identity question give the heroine's name, and not call itself an assistant?"""
-    return "嬛" in answer and "助手" not in answer
+    """Does this answer to an identity question give the persona's name, and not call itself an assistant?"""
+    return any(name in answer for name in CALLED) and "助手" not in answer
 
 
 def held_out_questions(trained_on: list[str]) -> dict[str, list[str]]:
@@ -75,13 +92,365 @@ def held_out_questions(trained_on: list[str]) -> dict[str, list[str]]:
     """
     seen = {instruction.strip() for instruction in trained_on}
     groups = json.loads((DATA / "heldout_questions.json").read_text(encoding="utf-8"))
-    return {name: [q for q in questions if q not in seen] for name, questions in groups.items()}
+    return {name: [q for q in groups[name] if q not in seen] for name in ("identity", "daily")}
+
+
+def general_questions() -> dict[str, str]:
+    """Ordinary questions, and the word that a right answer holds: what must not be forgotten."""
+    groups = json.loads((DATA / "heldout_questions.json").read_text(encoding="utf-8"))
+    return {one["question"]: one["expected"] for one in groups["general"]}
+
+
+def longest_copy(text: str, sources: list[str]) -> str:
+    """The longest run of characters of `text` that stands in one of `sources` word for word."""
+    everything, best = "\0".join(sources), ""
+    for start in range(len(text)):
+        # only a run longer than the best so far is of interest
+        for end in range(start + len(best) + 1, len(text) + 1):
+            if text[start:end] not in everything:
+                break
+            best = text[start:end]
+    return best
+
+
+def style_distance(texts: list[str], reference: list[str], n: int = 2) -> float:
+    """How far the wording of `texts` is from that of `reference`: 0 alike, 1 nothing in common.
+
+    1 − the cosine of the counts of all runs of `n` characters (character n-grams).
+    """
+    counts = [
+        Counter(text[i : i + n] for text in side for i in range(len(text) - n + 1))
+        for side in (texts, reference)
+    ]
+    norms = [math.sqrt(sum(count**2 for count in side.values())) for side in counts]
+    if not all(norms):
+        return 1.0
+    return 1 - sum(counts[0][gram] * counts[1][gram] for gram in counts[0]) / math.prod(norms)
+
+
+def held_out_loss(model, rows) -> float:
+    """Mean loss of a labelled token over tokenised `rows` (`input_ids`, `labels`), row by row."""
+    total = count = 0
+    for row in rows:
+        ids = torch.tensor([row["input_ids"]], device=model.device)
+        labels = torch.tensor([row["labels"]], device=model.device)
+        with torch.inference_mode():
+            loss = model(input_ids=ids, labels=labels).loss
+        labelled = int((labels[:, 1:] != -100).sum())
+        total, count = total + float(loss) * labelled, count + labelled
+    return total / count
+
+
+def adapter_norms(model) -> pd.DataFrame:
+    """How much the adapter changes every matrix: the norm of (alpha / r) B A.
+
+    One row a layer, one column a kind of matrix (q_proj …).
+    """
+    norms: dict[int, dict[str, float]] = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A") and "default" in module.lora_A:
+            layer = int(name.split("layers.")[1].split(".")[0])
+            change = module.get_delta_weight("default").float().norm().item()
+            norms.setdefault(layer, {})[name.rsplit(".", 1)[1]] = change
+    return pd.DataFrame(norms).T.sort_index()
+
+
+def wilson(right: int, asked: int) -> tuple[float, float]:
+    """95 % confidence interval of a share (Wilson's score interval)."""
+    if not asked:
+        return 0.0, 1.0
+    z, share = 1.96, right / asked
+    middle = (share + z**2 / (2 * asked)) / (1 + z**2 / asked)
+    half = z / (1 + z**2 / asked) * math.sqrt(share * (1 - share) / asked + z**2 / (4 * asked**2))
+    return middle - half, middle + half
+
+
+def ab_sheet(answers: pd.DataFrame, seed: int = 42) -> tuple[pd.DataFrame, str]:
+    """A blind sheet: base and tuned answers side by side, shuffled, and the key.
+
+    `answers` is what :func:`compare` returns. The key has one letter a row, 甲 or 乙: which side
+    is the tuned model's. Pairs that are equal are left out.
+    """
+    draw, rows, key = random.Random(seed), [], ""
+    for row in answers[answers["base"] != answers["tuned"]].itertuples():
+        tuned_first = draw.random() < 0.5
+        pair = (row.tuned, row.base) if tuned_first else (row.base, row.tuned)
+        rows.append((row.question, *pair))
+        key += "甲" if tuned_first else "乙"
+    return pd.DataFrame(rows, columns=["问题", "甲", "乙"]), key
+
+
+def past_runs(course: Course) -> pd.DataFrame:
+    """The scores of this adapter and of those set aside before it, one row each, newest first."""
+    files = course.run_dir.glob("llama3_lora*/scores.json")
+    newest = sorted(files, key=lambda file: -file.stat().st_mtime)
+    rows = [json.loads(file.read_text(encoding="utf-8")) for file in newest]
+    names = [file.parent.name for file in newest]
+    return pd.DataFrame(rows, index=names).rename_axis("适配器").reset_index()
+
+
+class _Stop(StoppingCriteria):
+    def __init__(self, event: threading.Event):
+        self.event = event
+
+    def __call__(self, ids, scores, **_):
+        return torch.full((ids.shape[0],), self.event.is_set(), device=ids.device)
+
+
+class Chat:
+    """A conversation with the persona, or with the base model where ``tuned`` is False.
+
+    The prompt is the course's own. What does not fit into `context` tokens is dropped by whole
+    turns, the oldest first.
+
+    Args:
+        folder: where :meth:`save` writes transcripts.
+        context: tokens of prompt and reply together.
+    """
+
+    def __init__(self, model, tokenizer, folder: Path, context: int = 1024):
+        self.model, self.tokenizer, self.folder, self.context = model, tokenizer, folder, context
+        self.turns: list[tuple[str, str]] = []
+        self.tuned = True
+        self._stop = threading.Event()
+
+    def prompt(self, question: str, reply: int) -> tuple[str, list[int]]:
+        """The question, shortened if need be, and the ids of the prompt, with room for the reply."""
+        room = self.context - reply
+        question = shorten(self.tokenizer, question, room)
+        turns = self.turns
+        while turns and len(prompt_ids(self.tokenizer, question, turns)) > room:
+            turns = turns[1:]
+        return question, prompt_ids(self.tokenizer, question, turns)
+
+    def say(self, question: str, seed: int | None = None, **generate) -> Iterator[str]:
+        """Ask; yields the reply as it grows. The turn is remembered when the reply ends.
+
+        `generate` are arguments of ``model.generate`` over the tutorial's sampling. An empty
+        question is answered by nothing and not remembered. Ends early after :meth:`stop`.
+        """
+        settings = SAMPLING | generate
+        question = question.strip()
+        if not question:
+            return
+        question, ids = self.prompt(question, settings["max_new_tokens"])
+        inputs = torch.tensor([ids], device=self.model.device)
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._stop.clear()
+        failure = []
+
+        def work():
+            try:
+                if seed is not None:
+                    torch.manual_seed(seed)
+                self.model.generate(
+                    input_ids=inputs,
+                    attention_mask=torch.ones_like(inputs),
+                    streamer=streamer,
+                    stopping_criteria=StoppingCriteriaList([_Stop(self._stop)]),
+                    **settings,
+                )
+            except BaseException as error:  # shown to the learner by the thread that reads
+                failure.append(error)
+                streamer.end()
+
+        def run():
+            if self.tuned:
+                work()
+            else:
+                with self.model.disable_adapter():
+                    work()
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        reply = ""
+        try:
+            for piece in streamer:
+                reply += piece
+                yield reply.strip()
+        finally:
+            self._stop.set()
+            thread.join()
+        if failure:
+            raise failure[0]
+        self.turns.append((question, reply.strip()))
+
+    def stop(self) -> None:
+        """End the reply that is being generated, at the next token."""
+        self._stop.set()
+
+    def new(self) -> None:
+        """Forget the conversation."""
+        self.turns = []
+
+    def save(self) -> Path:
+        """Write the conversation as a dataset (instruction, input, output); returns the file.
+
+        Raises CourseError where nothing has been said yet.
+        """
+        if not self.turns:
+            raise CourseError("还没有说过话，没有可以保存的。")
+        rows = [{"instruction": q, "input": "", "output": a} for q, a in self.turns if a]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        number = 1
+        stem = time.strftime("chat-%Y%m%d-%H%M%S")
+        while (path := self.folder / f"{stem}-{number}.json").exists():
+            number += 1
+        path.write_text(json.dumps(rows, ensure_ascii=False, indent=2), encoding="utf-8")
+        return path
+
+    def loop(self) -> None:
+        """Chat without widgets: read a line, print the reply; an empty line ends."""
+        print("没有 ipywidgets，用最简单的方式聊：输入一句话，按回车；什么也不输入就结束。")
+        while question := input("你：").strip():
+            shown = ""
+            print(f"{NAME}：", end="")
+            for reply in self.say(question):
+                print(reply[len(shown) :], end="", flush=True)
+                shown = reply
+            print()
+
+
+MODEL_CARD = """---
+base_model: {base}
+library_name: peft
+license: {license}
+language: zh
+---
+
+# {title}
+
+**Built with Llama.** 让 {base} 以“{name}”的身份说话的 LoRA 适配器。{licence_note}
+
+- **角色**：系统提示词是“{system_prompt}”。
+- **数据**：{rows} 条对话（{data}），按问题留出 {held} 条做验证。
+- **训练**：LoRA r={lora_r}，alpha={lora_alpha}，dropout={lora_dropout}；一步 16 条，{epochs} 轮，学习率 {learning_rate}；冻结的权重是 {weights}。
+- **成绩**：{scores}
+- **版本**：{versions}
+- **不适合做什么**：它扮演一个角色，会编造事实，不要拿它的话当建议。
+
+## 在任何一台电脑上运行
+
+需要 `pip install "transformers>=4.57,<6" "peft>=0.17" torch`，以及基座模型 {base}。改掉前两行的路径，其余不动：
+
+```python
+base_path = r"{base}"  # 你电脑上的基座模型；Windows 上例如 r"D:\\models\\Llama-3.2-3B-Instruct"
+adapter_path = r"llama3_lora"  # 解压出来的目录
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+mps = torch.backends.mps.is_available()
+device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+tokenizer = AutoTokenizer.from_pretrained(adapter_path)
+base = AutoModelForCausalLM.from_pretrained(base_path, dtype="auto").to(device)
+model = PeftModel.from_pretrained(base, adapter_path).eval()
+for question in ["你是谁？", "今天下雪了，你在做什么？"]:
+    messages = [
+        {{"role": "system", "content": "{system_prompt}"}},
+        {{"role": "user", "content": question}},
+    ]
+    inputs = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True,
+        date_string="{date}",
+    ).to(device)
+    output = model.generate(**inputs, max_new_tokens=200, do_sample=False, temperature=None, top_p=None)
+    print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+
+`SHA256SUMS` 里有每个文件的校验和，用 `sha256sum -c SHA256SUMS` 核对。
+"""
+
+
+def model_card(course: Course) -> str:
+    """What the adapter is, was made from and can do, and the cell that runs it; Markdown."""
+    profile, results = course.profile, course.manifest["results"]
+    llama = "llama-3" in course.base_name.lower()
+    scores = []
+    if "eval_loss_before" in results:
+        scores.append(
+            f"验证集损失 {results['eval_loss_before']:.3f} → {results['eval_loss_after']:.3f}"
+        )
+    if "persona_tuned" in results:
+        scores.append(
+            f"没训练过的身份问法，{results['persona_tuned']:.0%} 以{NAME}的身份回答"
+            f"（微调前 {results['persona_base']:.0%}），{results['stopped_tuned']:.0%} 说完自己停下"
+        )
+    return MODEL_CARD.format(
+        base=course.base_name,
+        license="llama3.2" if llama else "cc-by-4.0",
+        title=("Llama-3.2-" if llama else "") + f"{NAME} LoRA",
+        licence_note="使用时请遵守 Llama 3.2 社区许可。" if llama else "",
+        name=NAME,
+        system_prompt=SYSTEM_PROMPT,
+        data=Path(course.manifest["files"].get("data", "")).name,
+        rows=results["train_rows"] + results["eval_rows"],
+        held=results["eval_rows"],
+        weights="4 位（nf4）" if profile.quantized else profile.dtype,
+        scores="；".join(scores) or "还没有考过",
+        versions="，".join(f"{name} {version}" for name, version in versions().items()),
+        date=DATE_STRING,
+        **{
+            name: getattr(profile, name)
+            for name in ("lora_r", "lora_alpha", "lora_dropout", "epochs", "learning_rate")
+        },
+    )
 
 
 def pack(course: Course) -> Path:
-    """Zip the adapter and its tokenizer into ``llama3_lora.zip`` in the run directory; returns its path."""
+    """Zip adapter, tokenizer, model card and checksums into ``llama3_lora.zip``; returns its path.
+
+    In the run directory. Nothing in it names a path of this machine.
+    """
     folder, target = course.path("adapter"), course.run_dir / "llama3_lora.zip"
-    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
-        for file in sorted(folder.iterdir()):
-            archive.write(file, f"{folder.name}/{file.name}")
+    content = {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+    content["README.md"] = model_card(course).encode()
+    sums = [f"{hashlib.sha256(data).hexdigest()}  {name}" for name, data in content.items()]
+    content["SHA256SUMS"] = ("\n".join(sums) + "\n").encode()
+    beside = target.with_suffix(".new")
+    with zipfile.ZipFile(beside, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in content.items():
+            archive.writestr(f"{folder.name}/{name}", data)
+    beside.replace(target)
     return target
+
+
+def unpack(archive: Path, folder: Path) -> Path:
+    """Unzip a pack into `folder` and check it; returns the adapter's directory.
+
+    Raises CourseError where a file is damaged or missing.
+    """
+    try:
+        with zipfile.ZipFile(archive) as packed:
+            packed.extractall(folder)
+        adapter = folder / "llama3_lora"
+        for line in (adapter / "SHA256SUMS").read_text(encoding="utf-8").splitlines():
+            expected, name = line.split("  ", 1)
+            if hashlib.sha256((adapter / name).read_bytes()).hexdigest() != expected:
+                raise CourseError(f"{archive.name} 里的 {name} 与校验和不符：请重新下载。")
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise CourseError(f"{archive.name} 不完整（{error}）：请重新下载。") from None
+    return adapter
+
+
+def modelfile(merged: str = "./merged") -> str:
+    """An Ollama Modelfile for the merged weights: our prompt, our stop token, our sampling.
+
+    Ollama puts BOS in front itself.
+    """
+    head = "<|start_header_id|>{role}<|end_header_id|>\n\n"
+    template = (
+        head.format(role="system")
+        + f"Cutting Knowledge Date: December 2023\nToday Date: {DATE_STRING}\n\n"
+        + "{{ .System }}<|eot_id|>"
+        + head.format(role="user")
+        + "{{ .Prompt }}<|eot_id|>"
+        + head.format(role="assistant")
+        + "{{ .Response }}<|eot_id|>"
+    )
+    lines = [f"FROM {merged}", f'TEMPLATE """{template}"""', f'SYSTEM """{SYSTEM_PROMPT}"""']
+    lines += ["PARAMETER stop <|eot_id|>", f"PARAMETER temperature {SAMPLING['temperature']}"]
+    lines += [f"PARAMETER top_p {SAMPLING['top_p']}"]
+    lines += [f"PARAMETER repeat_penalty {SAMPLING['repetition_penalty']}"]
+    return "\n".join(lines) + "\n"

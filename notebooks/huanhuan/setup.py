@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from huanhuan.course import DATA, NOTEBOOKS, Course, CourseError
+from huanhuan.course import NOTEBOOKS, Course, CourseError
+from huanhuan.prompt import SAMPLE
 
 REQUIREMENTS = NOTEBOOKS.parent / "requirements.txt"
 
@@ -132,7 +133,7 @@ def dataset_file(course: Course, typed: str = "") -> Path:
     elif uploads:
         asked, whose = uploads[-1], "你上传的"
     else:
-        asked, whose = DATA / "huanhuan_sample.json", "课程自带的样例"
+        asked, whose = SAMPLE, "课程自带的样例"
     path = Path(asked).expanduser().resolve()
     if not path.is_file():
         raise CourseError(

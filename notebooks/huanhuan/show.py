@@ -5,6 +5,7 @@ import html
 import io
 import logging
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -282,3 +283,103 @@ def file_picker(course: Course, check: Callable[[Path], pd.DataFrame]):
 
     button.observe(receive, names="value")
     return ipywidgets.VBox([button, said])
+
+
+_BUBBLE = "margin:4px 0;padding:6px 10px;border-radius:8px;white-space:pre-wrap;color:black;"
+
+
+def chat(session, name: str, sampling: dict):
+    """A conversation as widgets; `session` is an ``infer.Chat``, `sampling` the sliders' defaults.
+
+    Words appear as they are generated; that happens in a thread, so that the stop button works.
+    Everything said is shown as text, never as markup.
+    """
+    try:
+        import ipywidgets
+    except ImportError:
+        print("没有 ipywidgets：运行 chat.loop()，用最简单的方式聊。")
+        return None
+
+    def slider(label: str, key: str, low: float, high: float, step: float):
+        kind = ipywidgets.IntSlider if isinstance(sampling[key], int) else ipywidgets.FloatSlider
+        return kind(value=sampling[key], min=low, max=high, step=step, description=label)
+
+    log = ipywidgets.HTML()
+    said = ipywidgets.HTML("在下面输入一句话，点“发送”。")
+    text = ipywidgets.Textarea(placeholder="对她说点什么")
+    who = ipywidgets.ToggleButtons(options=[(f"微调后（{name}）", True), ("微调前", False)])
+    send, stop, new, save = (
+        ipywidgets.Button(description=label) for label in ("发送", "停下", "新的对话", "保存对话")
+    )
+    stop.disabled = True
+    knobs = {
+        "temperature": slider("温度", "temperature", 0.1, 2.0, 0.1),
+        "top_p": slider("top_p", "top_p", 0.1, 1.0, 0.05),
+        "repetition_penalty": slider("重复惩罚", "repetition_penalty", 1.0, 2.0, 0.05),
+        "max_new_tokens": slider("最多词元", "max_new_tokens", 8, 512, 8),
+    }
+
+    def draw(question: str | None = None, reply: str = "") -> None:
+        turns = session.turns + ([(question, reply)] if question else [])
+        log.value = "".join(
+            f'<div style="{_BUBBLE}background:#e8e8e8">{html.escape(asked)}</div>'
+            f'<div style="{_BUBBLE}background:#fbe3b5">{html.escape(answer) or "……"}</div>'
+            for asked, answer in turns
+        )
+
+    def busy(yes: bool) -> None:
+        stop.disabled = not yes
+        for button in (send, new, save, who):
+            button.disabled = yes
+
+    def talk(question: str) -> None:
+        try:
+            settings = {key: knob.value for key, knob in knobs.items()}
+            for reply in session.say(question, **settings):
+                draw(question, reply)
+            draw()
+            said.value = ""
+        except Exception as error:  # in a thread nobody else would see it
+            said.value = f"⛔ {html.escape(str(error))}"
+        finally:
+            busy(False)
+
+    def on_send(_) -> None:
+        question = text.value.strip()
+        if not question:
+            said.value = "还没有输入。"
+            return
+        session.tuned, text.value, said.value = who.value, "", "正在想……"
+        busy(True)
+        draw(question)
+        threading.Thread(target=talk, args=(question,), daemon=True).start()
+
+    def on_new(_) -> None:
+        session.new()
+        said.value = "新的对话。"
+        draw()
+
+    def on_save(_) -> None:
+        try:
+            said.value = f"存到了 {html.escape(str(session.save()))}，格式与数据集相同。"
+        except CourseError as error:
+            said.value = f"⛔ {html.escape(str(error))}"
+
+    send.on_click(on_send)
+    stop.on_click(lambda _: session.stop())
+    new.on_click(on_new)
+    save.on_click(on_save)
+    buttons = ipywidgets.HBox([send, stop, new, save])
+    return ipywidgets.VBox([who, log, text, buttons, said, ipywidgets.VBox(list(knobs.values()))])
+
+
+def layer_norms(norms: pd.DataFrame) -> Figure:
+    """How much the adapter changed every matrix: one square a layer and matrix, darker is more."""
+    with matplotlib.rc_context(STYLE | {"figure.figsize": (7.5, 1.6 + 0.22 * len(norms))}):
+        figure, axes = _axes()
+        image = axes.imshow(norms.to_numpy(), cmap="Blues", vmin=0, aspect="auto")
+        axes.set_xticks(range(norms.shape[1]), norms.columns)
+        axes.set_yticks(range(len(norms)), norms.index)
+        axes.set(ylabel="层 layer")
+        figure.colorbar(image, ax=axes, label="变化的大小（范数）")
+    return Figure(figure, "适配器让每一层的每个矩阵变了多少，颜色越深变得越多")

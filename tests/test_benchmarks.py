@@ -1,0 +1,64 @@
+"""The benchmarks that need another machine still start on this one; the README quotes the measured."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
+
+
+def test_the_gpu_benchmark_runs_small_on_a_cpu(tmp_path):
+    out = tmp_path / "cuda.json"
+    command = [sys.executable, ROOT / "tests" / "benchmarks" / "cuda.py", "--hidden", "256"]
+    command += [
+        "--layers",
+        "2",
+        "--steps",
+        "2",
+        "--out",
+        out,
+        "--only",
+        "tutorial",
+        "padded",
+        "ours",
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={"CUDA_VISIBLE_DEVICES": "", "PATH": ""}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    facts = json.loads(out.read_text(encoding="utf-8"))
+    assert set(facts["recipes"]) == {
+        "tutorial 4x4", "padded 4x4", "ours 4x4", "ours 8x2", "ours 16x1"
+    }  # fmt: skip
+    expected = facts["recipes"]["tutorial 4x4"]["losses"]
+    assert len(expected) == 2
+    for name, one in facts["recipes"].items():
+        assert one["losses"] == pytest.approx(expected, abs=1e-4), name
+
+
+def test_a_batch_filled_up_for_the_compiler_gives_the_same_loss():
+    import cuda
+    import torch
+    from test_train import dialogues, random_llama
+
+    from huanhuan.train import SharedPrefixCollator
+
+    rows, model = dialogues(5), random_llama()
+    filled = cuda.bucketed(rows)
+    assert filled["input_ids"].shape[1] % 128 == 0
+    filled["attention_mask"] = filled["attention_mask"].float()
+    with torch.no_grad():
+        losses = [model(**batch).loss.item() for batch in (SharedPrefixCollator()(rows), filled)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_the_readme_quotes_what_was_measured():
+    import report
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert report.tables() in text
+    losses = report.results("step")
+    assert losses["largest_loss_difference"] < 5e-5
