@@ -25,7 +25,8 @@ def pretend_gpu(monkeypatch, name, gib, capability):
         ("Tesla T4", 14.56, (7, 5), "gpu-fp16"),
         ("NVIDIA A10", 22.5, (8, 6), "gpu-bf16"),
         ("NVIDIA H200", 139.8, (9, 0), "gpu-bf16"),
-        ("GeForce RTX 3050", 8.0, (8, 6), "cpu-tiny"),
+        ("GeForce RTX 3050", 8.0, (8, 6), "gpu-4bit"),
+        ("Quadro P1000", 3.5, (6, 1), "cpu-tiny"),
     ],
 )
 def test_profile_by_real_capability(monkeypatch, gpu, gib, capability, profile):
@@ -35,19 +36,28 @@ def test_profile_by_real_capability(monkeypatch, gpu, gib, capability, profile):
     assert gpu in reason
 
 
-def test_every_profile_takes_16_rows_a_step_and_gpus_the_tutorials_values():
-    from huanhuan.course import PROFILES
+def test_a_small_gpu_without_bitsandbytes_takes_the_small_model_and_says_why(monkeypatch):
+    pretend_gpu(monkeypatch, "GeForce RTX 3050", 8.0, (8, 6))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    chosen, reason = choose_profile()
+    assert chosen == "cpu-tiny" and "pip install bitsandbytes" in reason
 
+
+def test_4_bits_on_a_card_without_bfloat16(monkeypatch, run_dir):
+    pretend_gpu(monkeypatch, "GeForce GTX 1660", 6.0, (7, 5))
+    course = Course.start()
+    assert (course.profile.name, course.profile.dtype) == ("gpu-4bit", "float16")
+
+
+def test_every_gpu_profile_has_the_tutorials_values():
+    from huanhuan.course import PROFILES, ROWS_PER_STEP
+
+    assert ROWS_PER_STEP == 4 * 4
     for profile in PROFILES.values():
-        assert profile.micro_batch * profile.accumulation == 16
-        assert (profile.lora_r, profile.lora_alpha, profile.lora_dropout, profile.max_length) == (
-            8,
-            32,
-            0.1,
-            384,
-        )
+        lora = (profile.lora_r, profile.lora_alpha, profile.lora_dropout, profile.max_length)
+        assert lora == (8, 32, 0.1, 384)
         if profile.device == "cuda":
-            assert (profile.epochs, profile.learning_rate, profile.micro_batch) == (3, 1e-4, 4)
+            assert (profile.epochs, profile.learning_rate) == (3, 1e-4)
 
 
 @pytest.mark.parametrize(

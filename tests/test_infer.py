@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -14,13 +15,14 @@ import datasets
 import pandas as pd
 import pytest
 import torch
+import transformers
 from conftest import NOTEBOOKS, ROOT, run_course
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from huanhuan import infer, show
 from huanhuan.course import CourseError
-from huanhuan.prompt import SYSTEM_PROMPT, prompt_ids, read_persona
+from huanhuan.prompt import SYSTEM_PROMPT, chat_messages, prompt_ids, read_persona
 
 
 @pytest.mark.parametrize(
@@ -143,6 +145,49 @@ def test_ollamas_template_is_ours_token_by_token(finished_run, tokenizer, genuin
     assert "PARAMETER stop <|eot_id|>" in text
 
 
+def test_the_packs_template_writes_the_date_of_the_training(finished_run):
+    """Engines call the template without a date; Llama's own would take today's."""
+    packed = AutoTokenizer.from_pretrained(finished_run.path("adapter"))
+    ids = packed.apply_chat_template(
+        chat_messages("你是谁？"), add_generation_prompt=True, return_dict=True
+    )["input_ids"]
+    assert ids == prompt_ids(packed, "你是谁？")
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="4 serves differently")
+def test_served_by_transformers_she_answers_an_openai_client(finished_run, tuned, tokenizer):
+    import openai
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    merged = str(finished_run.run_dir / "merged")
+    server = subprocess.Popen(
+        [Path(sys.executable).with_name("transformers"), "serve", merged, "--device", "cpu",
+         "--dtype", "float32", "--host", "127.0.0.1", "--port", str(port)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1"},
+    )  # fmt: skip
+    try:
+        client = openai.OpenAI(
+            base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0
+        )
+        for _ in range(240):
+            assert server.poll() is None, server.stderr.read()
+            try:
+                client.models.list()
+                break
+            except openai.APIConnectionError:
+                time.sleep(0.5)
+        answer = client.chat.completions.create(
+            model=merged, messages=chat_messages("你是谁？"), temperature=0, max_tokens=200
+        )
+        expected = infer.ask(tuned, tokenizer, "你是谁？").text
+        assert answer.choices[0].message.content.strip() == expected
+    finally:
+        server.kill()
+
+
 @pytest.mark.parametrize(
     "text, sources, longest",
     [
@@ -190,10 +235,10 @@ def test_scores_beside_the_adapter_and_runs_in_one_table(finished_run):
         shutil.rmtree(older)
 
 
-SHORT = {"max_new_tokens": 8}
+SHORT = {"max_new_tokens": 4}
 STRANGE = [
     "", " ", "\n\t", "\u3000", "\u200b", "\x00", "\ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16"),
-    "👩‍👩‍👧‍👦", "é" * 300, "甄" * 5000, "a" * 20000, "<script>alert(1)</script>", "<b>粗</b>", "&lt;", "](x)", "$$x$$",
+    "👩‍👩‍👧‍👦", "é" * 300, "甄" * 2000, "a" * 6000, "<script>alert(1)</script>", "<b>粗</b>", "&lt;", "](x)", "$$x$$",
     "{{ user }}", "{% raw %}", "{0}", "%s", "\\", "\\n", "'; DROP TABLE", "\ue000", "a\ue000b", "\r\n", "مرحبا", "שלום",
     "\u202eabc", "0", "None", "null", "[]", "﷽" * 50, "Z̸̢a̷l̶g̵o̴", "ＡＢＣ", "ß", "1" * 400, "。" * 400, "？", "🈶" * 100,
 ]  # fmt: skip
@@ -272,7 +317,8 @@ def test_base_and_tuned_and_a_conversation_saved_as_a_dataset(tuned, tokenizer, 
     assert "助手" in list(chat.say("你是谁？", **greedy))[-1]
     first, second = chat.save(), chat.save()
     assert first != second
-    assert load_rows(first)["instruction"].tolist() == ["你是谁？"]
+    list(chat.say("今天下雪了", **greedy))
+    assert load_rows(chat.save())["instruction"].tolist() == ["你是谁？", "今天下雪了"]
 
 
 def test_old_turns_go_whole_and_the_system_prompt_stays(tuned, tokenizer, tmp_path):

@@ -175,6 +175,7 @@ class Course:
         `overrides` are fields of :class:`Profile`, e.g. ``Course.start(epochs=5)``.
         Raises CourseError for an unknown field or profile.
         """
+        overrides = _persona().get("profile", {}) | overrides
         unknown = set(overrides) - {f.name for f in fields(Profile)}
         if unknown:
             known = "、".join(f.name for f in fields(Profile))

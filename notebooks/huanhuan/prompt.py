@@ -8,7 +8,8 @@ from pathlib import Path
 from huanhuan.course import DATA, CourseError
 
 # The one place that says who is played: name, system prompt, what the persona is called in its own
-# answers (any of these), and the dataset, beside this file unless it is an absolute path.
+# answers (any of these), and the dataset, beside this file unless it is an absolute path. And, where
+# it needs them, values of its own for the profile: little data wants more epochs.
 PERSONA_FILE = Path(os.environ.get("HUANHUAN_PERSONA") or DATA / "persona_huanhuan.json")
 _FIELDS = {"name": str, "system_prompt": str, "called": list, "dataset": str}
 

@@ -17,9 +17,11 @@ import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils.memory import should_reduce_batch_size
+from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 
 from huanhuan.course import ROWS_PER_STEP, SHARDED, Course, CourseError, Profile, peak_memory_gib
+from huanhuan.prompt import DATE_STRING
 
 GIB = 2**30
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # that train together; torchrun sets it
@@ -455,17 +457,37 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 def make_portable(adapter_dir: Path, base_name: str) -> None:
-    """Make a saved adapter and tokenizer readable on another machine.
+    """Make a saved adapter and tokenizer readable on another machine, by older versions too.
 
-    peft notes where the base model lay on this disk; its name is put there instead. transformers 5
-    notes a tokenizer class that 4.x does not know; the class that both know is put there. The
-    Trainer's own arguments, full of paths, are taken out.
+    - peft notes where the base model lay on this disk: its name is put there instead. What stands at
+      peft's default is left out, so that an older peft does not stumble over fields it does not know.
+    - transformers 5 notes a tokenizer class that 4.x does not know, and not what the model takes.
+    - The chat template would write today's date into every prompt: it gets the training's.
+    - The Trainer's own arguments, full of paths, are taken out.
     """
-    (Path(adapter_dir) / "training_args.bin").unlink(missing_ok=True)
-    for file, field, value in (
-        ("adapter_config.json", "base_model_name_or_path", base_name),
-        ("tokenizer_config.json", "tokenizer_class", "PreTrainedTokenizerFast"),
-    ):
-        path = Path(adapter_dir) / file
-        config = json.loads(path.read_text(encoding="utf-8")) | {field: value}
-        path.write_text(json.dumps(config, ensure_ascii=False, indent=2), encoding="utf-8")
+    folder = Path(adapter_dir)
+    (folder / "training_args.bin").unlink(missing_ok=True)
+
+    defaults = LoraConfig().to_dict()
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    kept = {
+        name: value
+        for name, value in config.items()
+        if name == "peft_type" or (name != "peft_version" and value != defaults.get(name))
+    }
+    _write_json(folder / "adapter_config.json", kept | {"base_model_name_or_path": base_name})
+
+    path = folder / "tokenizer_config.json"
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+    tokenizer["model_input_names"] = ["input_ids", "attention_mask"]
+    _write_json(path, tokenizer)
+
+    template = folder / "chat_template.jinja"
+    text, date = template.read_text(encoding="utf-8"), f'{{% set date_string = "{DATE_STRING}" %}}'
+    if not text.startswith(date):
+        template.write_text(date + text, encoding="utf-8")
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")

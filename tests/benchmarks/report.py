@@ -4,6 +4,7 @@ python tests/benchmarks/report.py
 """
 
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -75,6 +76,7 @@ def tables() -> str:
 
 def picture() -> str:
     """The step's table as SVG."""
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # the browser has fonts
     rows = best_of_each(results("step")["recipes"])
     with matplotlib.rc_context(STYLE):
         figure, axes = plt.subplots()
