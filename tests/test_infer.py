@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 import zipfile
 from pathlib import Path
 
@@ -155,17 +156,21 @@ def test_the_packs_template_writes_the_date_of_the_training(finished_run):
 
 
 @pytest.mark.skipif(transformers.__version__ < "5", reason="4 serves differently")
-def test_served_by_transformers_she_answers_an_openai_client(finished_run, tuned, tokenizer):
+def test_served_by_transformers_she_answers_an_openai_client(
+    finished_run, tuned, tokenizer, tmp_path
+):
     import openai
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     merged = str(finished_run.run_dir / "merged")
+    log_file = tmp_path / "serve.log"
+    log = log_file.open("w")
     server = subprocess.Popen(
         [Path(sys.executable).with_name("transformers"), "serve", merged, "--device", "cpu",
          "--dtype", "float32", "--host", "127.0.0.1", "--port", str(port)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        stdout=log, stderr=log,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1"},
     )  # fmt: skip
     try:
@@ -173,17 +178,19 @@ def test_served_by_transformers_she_answers_an_openai_client(finished_run, tuned
             base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0
         )
         for _ in range(240):
-            assert server.poll() is None, server.stderr.read()
+            assert server.poll() is None, log_file.read_text()
             try:
-                client.models.list()
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
                 break
-            except openai.APIConnectionError:
+            except OSError:
                 time.sleep(0.5)
         answer = client.chat.completions.create(
             model=merged, messages=chat_messages("你是谁？"), temperature=0, max_tokens=200
         )
         expected = infer.ask(tuned, tokenizer, "你是谁？").text
         assert answer.choices[0].message.content.strip() == expected
+    except openai.APIStatusError as error:
+        raise AssertionError(log_file.read_text()) from error
     finally:
         server.kill()
 
