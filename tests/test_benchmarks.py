@@ -10,6 +10,7 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 
 
+@pytest.mark.newest
 def test_the_gpu_benchmark_runs_small_on_a_cpu(tmp_path):
     out = tmp_path / "cuda.json"
     command = [sys.executable, ROOT / "tests" / "benchmarks" / "cuda.py", "--hidden", "256"]

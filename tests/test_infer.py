@@ -16,7 +16,6 @@ import datasets
 import pandas as pd
 import pytest
 import torch
-import transformers
 from conftest import NOTEBOOKS, ROOT, run_course
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -155,7 +154,7 @@ def test_the_packs_template_writes_the_date_of_the_training(finished_run):
     assert ids == prompt_ids(packed, "你是谁？")
 
 
-@pytest.mark.skipif(transformers.__version__ < "5", reason="4 serves differently")
+@pytest.mark.newest  # 4 serves differently
 def test_served_by_transformers_she_answers_an_openai_client(
     finished_run, tuned, tokenizer, tmp_path
 ):
@@ -381,6 +380,7 @@ def test_chat_without_widgets(tuned, tokenizer, tmp_path, monkeypatch, capsys):
     assert "chat.loop()" in capsys.readouterr().out
 
 
+@pytest.mark.newest
 def test_another_persona_goes_through_the_whole_course(tmp_path):
     """The storyteller: what the course prints and packs speaks of him alone."""
     persona = "data/persona_storyteller.json"

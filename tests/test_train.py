@@ -1,12 +1,12 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import textwrap
 import time
 
+import psutil
 import pytest
 import torch
 from conftest import NOTEBOOKS, ROOT, run_course
@@ -554,6 +554,8 @@ def prepared_run(finished_run, run_dir, **overrides):
     course = Course.start(epochs=1, logging_steps=1, save_steps=20, **overrides)
     for name in ("data", "model", "tokenized"):
         course.keep(name, finished_run.path(name))
+    rows = finished_run.manifest["results"]
+    course.note(train_rows=rows["train_rows"], eval_rows=rows["eval_rows"])
     return course
 
 
@@ -569,50 +571,52 @@ def train_script(processes, run_dir, wait=True):
     if not wait:
         with open(run_dir / "said.txt", "w") as said:
             return subprocess.Popen(
-                command, cwd=NOTEBOOKS, env=environment, stdout=said, stderr=said,
-                start_new_session=True,
-            )  # fmt: skip
+                command, cwd=NOTEBOOKS, env=environment, stdout=said, stderr=said
+            )
     done = subprocess.run(command, cwd=NOTEBOOKS, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
-@pytest.fixture
-def one_process(finished_run, run_dir):
+@pytest.fixture(scope="module")
+def one_process(finished_run, tmp_path_factory):
     """The losses of notebook 03's training in one process, without dropout."""
-    prepared_run(finished_run, run_dir, lora_dropout=0.0)
+    run_dir = tmp_path_factory.mktemp("one") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HUANHUAN_OUTPUT", str(run_dir))
+        prepared_run(finished_run, run_dir, lora_dropout=0.0)
     train_script(1, run_dir)
     losses = losses_of(run_dir)
     assert len(losses) > 80 and losses[-1] < losses[0] - 1
     return losses
 
 
-def test_two_processes_train_as_one(finished_run, run_dir, one_process, tmp_path, monkeypatch):
-    two = tmp_path / "two"
-    monkeypatch.setenv("HUANHUAN_OUTPUT", str(two))
-    course = prepared_run(finished_run, two, lora_dropout=0.0)
-    said = train_script(2, two)
-    losses = losses_of(two)
-    assert losses == pytest.approx(one_process, abs=1.01e-4)
+def test_two_processes_train_as_one(finished_run, run_dir, one_process):
+    course = prepared_run(finished_run, run_dir, lora_dropout=0.0)
+    said = train_script(2, run_dir)
+    assert losses_of(run_dir) == pytest.approx(one_process, abs=1.01e-4)
     assert "8 × 1" in said  # twice 8 rows a step
     assert said.count("✅ 03_train_lora 完成") == 1  # only the first process speaks
     assert Course.resume("adapter").path("adapter").is_relative_to(course.run_dir)
-    assert (two / "loss.svg").exists()
+    assert (run_dir / "loss.svg").exists()
 
 
-def test_the_script_killed_goes_on_to_the_same_losses(run_dir, one_process, finished_run):
-    shutil.rmtree(run_dir / "checkpoints")
+def test_the_script_killed_goes_on_to_the_same_losses(finished_run, run_dir, one_process):
+    prepared_run(finished_run, run_dir, lora_dropout=0.0)
     running = train_script(1, run_dir, wait=False)
     while not (run_dir / "checkpoints" / "checkpoint-40").exists():
         assert running.poll() is None, (run_dir / "said.txt").read_text()[-3000:]
         time.sleep(0.01)
-    os.killpg(running.pid, signal.SIGKILL)
+    launcher = psutil.Process(running.pid)
+    for process in [*launcher.children(recursive=True), launcher]:
+        process.kill()
     running.wait()
     said = train_script(1, run_dir)
     assert "从 checkpoint-40 接着训练" in said or "从 checkpoint-60 接着训练" in said
     assert losses_of(run_dir) == one_process
 
 
+@pytest.mark.newest
 def test_4_bit_weights_train_and_answer(finished_run, run_dir):
     """The profile of small cards, on the CPU: bitsandbytes works there too."""
     import bitsandbytes

@@ -139,6 +139,10 @@ os.chdir(os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 sys.path.insert(0, os.getcwd())
 if int(os.environ.get("RANK", 0)) > 0:
     sys.stdout = open(os.devnull, "w")  # the first process speaks for all
+
+from huanhuan.__main__ import settle_paths
+
+settle_paths()
 """
 
 
