@@ -42,7 +42,7 @@ bench: $(VENV)/installed-tests
 	$(BIN)/python tests/benchmarks/growth.py --out $(RESULTS)/growth.json
 	HUANHUAN_PROFILE=cpu-tiny $(BIN)/python tests/benchmarks/asking.py --out $(RESULTS)/asking.json
 	if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
-		$(BIN)/python tests/benchmarks/cuda.py --out $(RESULTS)/cuda.json; fi
+		$(BIN)/python tests/benchmarks/whole_training.py --out $(RESULTS)/whole_training.json; fi
 	$(BIN)/python tests/benchmarks/report.py
 
 $(VENV)/installed: requirements.txt constraints.txt

@@ -1,7 +1,7 @@
 """The whole training on a GPU: Llama-3.2-3B's shape, random weights, the genuine tokenizer.
 
-    python tests/benchmarks/cuda.py --rows FILE [--steps N] [--only NAME…] [--out FILE.json]
-    python tests/benchmarks/cuda.py --hidden 256 --layers 2 --steps 2      # a trial on a CPU
+    python tests/benchmarks/whole_training.py --rows FILE [--steps N] [--only NAME…] [--out FILE.json]
+    python tests/benchmarks/whole_training.py --hidden 256 --layers 2 --steps 2      # a trial on a CPU
 
 Three epochs (702 steps on the tutorial's dataset) by every recipe that this machine can run:
 seconds, peak memory, and achieved TFLOP/s against the matmul rate measured first. Needs what the
