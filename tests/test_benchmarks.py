@@ -46,8 +46,8 @@ def test_the_gpu_benchmark_runs_small_on_a_cpu(tmp_path):
 
 
 def test_a_batch_filled_up_for_the_compiler_gives_the_same_loss():
-    import whole_training
     import torch
+    import whole_training
     from test_train import dialogues, random_llama
 
     from huanhuan.train import SharedPrefixCollator
