@@ -237,6 +237,9 @@ def test_scores_beside_the_adapter_and_runs_in_one_table(finished_run):
         (older / "scores.json").write_text(json.dumps(scores | {"rank": 99}), encoding="utf-8")
         runs = infer.past_runs(finished_run)
         assert {"llama3_lora", older.name} <= set(runs["适配器"]) and 99 in set(runs["rank"])
+        shown = infer.score_table(runs)
+        assert set(infer.SCORES) == set(scores) and len(shown) == len(scores)
+        assert shown.loc[shown[""] == "秩 r", older.name].item() == "99"
     finally:
         shutil.rmtree(older)
 

@@ -601,6 +601,37 @@ def test_two_processes_train_as_one(finished_run, run_dir, one_process):
     assert (run_dir / "loss.svg").exists()
 
 
+AGREE = """
+    import sys
+    sys.path[:0] = [{tests!r}, {notebooks!r}]
+    from test_train import *
+
+    rank = int(os.environ["RANK"])
+    likes = [8, 2][rank]
+    train._step_seconds = lambda model, rows, split, profile: abs(split.micro_batch - likes) + 1.0
+    model = lora(random_llama())
+    candidates = [train.Split(8), train.Split(4), train.Split(2)]
+    rows = Dataset.from_list(dialogues(20))
+    split = train.choose_split(Course.start(), {{}}, model, rows, candidates)
+    args = TrainingArguments({folder!r}, use_cpu=True, report_to="none")
+    print(f"process {{rank}} of {{args.world_size}}: {{split.micro_batch}}", flush=True)
+"""
+
+
+def test_processes_that_measure_differently_take_the_first_ones_split(run_dir, tmp_path):
+    program = tmp_path / "agree.py"
+    program.write_text(
+        textwrap.dedent(AGREE).format(
+            tests=str(ROOT / "tests"), notebooks=str(NOTEBOOKS), folder=str(tmp_path)
+        ),
+        encoding="utf-8",
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*command, program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "process 0 of 2: 8" in done.stdout and "process 1 of 2: 8" in done.stdout
+
+
 def test_the_script_killed_goes_on_to_the_same_losses(finished_run, run_dir, one_process):
     prepared_run(finished_run, run_dir, lora_dropout=0.0)
     running = train_script(1, run_dir, wait=False)

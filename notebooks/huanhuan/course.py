@@ -296,12 +296,14 @@ class Course:
         if RANK != 0:
             return
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.manifest, ensure_ascii=False, indent=2)
-        beside = (
-            self.run_dir / "manifest.json.new"
-        )  # renamed when whole: a crash leaves the old one
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(self.run_dir / "manifest.json")
+        write_json(self.run_dir / "manifest.json", self.manifest)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write `content` beside `path` and rename it when whole: a crash leaves the old file."""
+    beside = path.with_name(f"{path.name}.new")
+    beside.write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
+    beside.replace(path)
 
 
 def _run_dir(profile: str) -> Path:

@@ -1,5 +1,6 @@
 """Room 04: ask, compare, take home."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -189,6 +190,31 @@ def past_runs(course: Course) -> pd.DataFrame:
     return pd.DataFrame(rows, index=names).rename_axis("适配器").reset_index()
 
 
+# Of scores.json: what a learner reads, and how the number is written.
+SCORES = {
+    "rank": ("秩 r", "{:.0f}"),
+    "rate": ("学习率", "{:g}"),
+    "loss_base": ("验证集损失，微调前", "{:.3f}"),
+    "loss_tuned": ("验证集损失，微调后", "{:.3f}"),
+    "persona_base": ("没见过的身份问法答对，微调前", "{:.0%}"),
+    "persona_tuned": ("没见过的身份问法答对，微调后", "{:.0%}"),
+    "stopped_tuned": ("说完自己停下来", "{:.0%}"),
+    "copied_known": ("最长照抄，训练过的问题", "{:.0%}"),
+    "copied_unseen": ("最长照抄，没见过的问题", "{:.0%}"),
+    "style_tuned": ("与真正的回答的距离", "{:.2f}"),
+    "general_base": ("普通问题答对几个，微调前", "{:.0f}"),
+    "general_tuned": ("普通问题答对几个，微调后", "{:.0f}"),
+}
+
+
+def score_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """What :func:`past_runs` returns, to be read: one row a score, one column an adapter."""
+    table = {"": [label for label, _ in SCORES.values()]}
+    for run in runs.to_dict("records"):
+        table[run["适配器"]] = [form.format(run[name]) for name, (_, form) in SCORES.items()]
+    return pd.DataFrame(table)
+
+
 class _Stop(StoppingCriteria):
     def __init__(self, event: threading.Event):
         self.event = event
@@ -243,25 +269,19 @@ class Chat:
             try:
                 if seed is not None:
                     torch.manual_seed(seed)
-                self.model.generate(
-                    input_ids=inputs,
-                    attention_mask=torch.ones_like(inputs),
-                    streamer=streamer,
-                    stopping_criteria=StoppingCriteriaList([_Stop(self._stop)]),
-                    **settings,
-                )
+                with contextlib.nullcontext() if self.tuned else self.model.disable_adapter():
+                    self.model.generate(
+                        input_ids=inputs,
+                        attention_mask=torch.ones_like(inputs),
+                        streamer=streamer,
+                        stopping_criteria=StoppingCriteriaList([_Stop(self._stop)]),
+                        **settings,
+                    )
             except BaseException as error:  # shown to the learner by the thread that reads
                 failure.append(error)
                 streamer.end()
 
-        def run():
-            if self.tuned:
-                work()
-            else:
-                with self.model.disable_adapter():
-                    work()
-
-        thread = threading.Thread(target=run)
+        thread = threading.Thread(target=work)
         thread.start()
         reply = ""
         try:
@@ -348,7 +368,7 @@ base = AutoModelForCausalLM.from_pretrained(base_path, dtype="auto").to(device)
 model = PeftModel.from_pretrained(base, adapter_path).eval()
 for question in ["你是谁？", "今天下雪了，你在做什么？"]:
     messages = [
-        {{"role": "system", "content": "{system_prompt}"}},
+        {{"role": "system", "content": {system_prompt!r}}},
         {{"role": "user", "content": question}},
     ]
     inputs = tokenizer.apply_chat_template(

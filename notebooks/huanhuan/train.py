@@ -16,11 +16,20 @@ import psutil
 import torch
 import transformers
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import should_reduce_batch_size
 from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 
-from huanhuan.course import ROWS_PER_STEP, SHARDED, Course, CourseError, Profile, peak_memory_gib
+from huanhuan.course import (
+    ROWS_PER_STEP,
+    SHARDED,
+    Course,
+    CourseError,
+    Profile,
+    peak_memory_gib,
+    write_json,
+)
 from huanhuan.prompt import DATE_STRING
 
 GIB = 2**30
@@ -246,7 +255,8 @@ def out_of_memory(error: BaseException) -> bool:
 
 def _step_seconds(model, rows: list[dict], split: Split, profile: Profile) -> float:
     """One forward and backward pass over `rows` in micro-batches, timed."""
-    collator, dtype = SharedPrefixCollator(), getattr(torch, profile.dtype)
+    dtype = getattr(torch, profile.dtype)
+    collator = SharedPrefixCollator(dtype)
     start = time.perf_counter()
     for first in range(0, len(rows), split.micro_batch):
         batch = collator(rows[first : first + split.micro_batch])
@@ -262,8 +272,8 @@ def choose_split(course: Course, recipe: dict, model, rows, candidates: list[Spl
     """The fastest of the candidates on this machine; a training that was cut off keeps its own.
 
     Each takes a micro-batch as full as they come through once, to see that it fits, then 16 rows
-    from all over the data, timed. Weights, gradients and random state stay as they were. Raises CourseError where
-    none fits.
+    from all over the data, timed. Weights, gradients and random state stay as they were. Of several
+    processes, all take what the first found. Raises CourseError where none fits.
     """
     unfinished = _unfinished(course.run_dir / "checkpoints", recipe)
     if unfinished:
@@ -293,7 +303,11 @@ def choose_split(course: Course, recipe: dict, model, rows, candidates: list[Spl
         torch.cuda.empty_cache()
     if not timed:
         raise CourseError(TOO_BIG)
-    return min(timed, key=lambda split: split.seconds)
+    fastest = min(timed, key=lambda split: split.seconds)
+    if PROCESSES == 1:
+        return fastest
+    PartialState(cpu=course.profile.device == "cpu")  # by which they can talk to each other
+    return broadcast_object_list([fastest])[0]
 
 
 class CourseTrainer(transformers.Trainer):
@@ -390,10 +404,8 @@ def _plain(recipe: dict) -> dict:
 
 
 def _write_recipe(folder: Path, recipe: dict, split: Split) -> None:
-    text = json.dumps({"recipe": _plain(recipe), "split": asdict(split)}, ensure_ascii=False)
-    beside = folder / "recipe.json.new"
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(folder / "recipe.json")
+    content = {"recipe": _plain(recipe), "split": asdict(split)}
+    write_json(folder / "recipe.json", content)
 
 
 def _unfinished(folder: Path, recipe: dict) -> dict | None:
@@ -475,19 +487,15 @@ def make_portable(adapter_dir: Path, base_name: str) -> None:
         for name, value in config.items()
         if name == "peft_type" or (name != "peft_version" and value != defaults.get(name))
     }
-    _write_json(folder / "adapter_config.json", kept | {"base_model_name_or_path": base_name})
+    write_json(folder / "adapter_config.json", kept | {"base_model_name_or_path": base_name})
 
     path = folder / "tokenizer_config.json"
     tokenizer = json.loads(path.read_text(encoding="utf-8"))
     tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
     tokenizer["model_input_names"] = ["input_ids", "attention_mask"]
-    _write_json(path, tokenizer)
+    write_json(path, tokenizer)
 
     template = folder / "chat_template.jinja"
     text, date = template.read_text(encoding="utf-8"), f'{{% set date_string = "{DATE_STRING}" %}}'
     if not text.startswith(date):
         template.write_text(date + text, encoding="utf-8")
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")

@@ -37,7 +37,6 @@ def case(rows: int, length: int) -> dict:
         {"input_ids": ids, "labels": [-100] * unlabelled + ids[unlabelled:]}
         for ids in tokens.tolist()
     ]
-    clock = step.Clock()
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder, num_train_epochs=1, per_device_train_batch_size=8, use_cpu=True,
@@ -47,7 +46,7 @@ def case(rows: int, length: int) -> dict:
         model = step.proxy()
         for chosen in (data[:16], data):
             trainer = CourseTrainer(
-                model=model, args=arguments, train_dataset=chosen, callbacks=[clock],
+                model=model, args=arguments, train_dataset=chosen,
                 data_collator=SharedPrefixCollator(),
             )  # fmt: skip
             start = time.perf_counter()

@@ -33,7 +33,7 @@ import torch
 import transformers
 from conftest import ROOT, genuine_tokenizer, notebook_process_func
 from datasets import Dataset, DatasetDict
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoTokenizer,
     DataCollatorForSeq2Seq,
@@ -54,35 +54,49 @@ HIDDEN = 264  # the multiple of 24 next to 256; transformers wants hidden / head
 VOCAB = round(128256 * HIDDEN / 3072)
 
 
-def proxy() -> LlamaForCausalLM:
-    """Llama-3.2-3B's proportions, float32, random weights; the same at every call."""
+def llama(hidden: int, layers: int, vocabulary: int, **others) -> LlamaForCausalLM:
+    """Llama-3.2-3B's proportions at that width, with random weights: the same at every call."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=HIDDEN * 8192 // 3072,
-        num_hidden_layers=28, num_attention_heads=3, num_key_value_heads=1,
-        rope_theta=500000.0, rms_norm_eps=1e-5, max_position_embeddings=2048,
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, use_cache=False,
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=hidden * 8192 // 3072,
+        num_hidden_layers=layers, rope_theta=500000.0, rms_norm_eps=1e-5,
+        max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=None, use_cache=False, **others,
     )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def with_lora(model: LlamaForCausalLM) -> PeftModel:
+    """The course's adapter on `model`, but for dropout, which is 0."""
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     lora = LoraConfig(
         task_type="CAUSAL_LM", target_modules=targets, r=8, lora_alpha=32, lora_dropout=0.0
     )
-    return get_peft_model(LlamaForCausalLM(config), lora)
+    return get_peft_model(model, lora)
+
+
+def proxy() -> PeftModel:
+    """The model of this benchmark, in float32."""
+    return with_lora(llama(HIDDEN, 28, VOCAB, num_attention_heads=3, num_key_value_heads=1))
+
+
+def tokenised(file: Path, tokenizer) -> list[dict]:
+    """The dataset's rows as notebook 02 makes them."""
+    process = notebook_process_func(tokenizer, 384)
+    rows = map(process, load_rows(file).to_dict("records"))
+    return [row for row in rows if len(row["input_ids"]) <= 384]
 
 
 def dialogues(file: Path) -> list[dict]:
-    """The dataset's rows as notebook 02 makes them, every id folded into the proxy's vocabulary.
+    """The dataset's rows, every id folded into the proxy's vocabulary.
 
     Equal tokens stay equal, so what rows have in common they still have.
     """
-    process = notebook_process_func(genuine_tokenizer(), 384)
-    rows = []
-    for example in load_rows(file).to_dict("records"):
-        row = process(example)
+    rows = tokenised(file, genuine_tokenizer())
+    for row in rows:
         row["input_ids"] = [i % VOCAB for i in row["input_ids"]]
         row["labels"] = [i if i == -100 else i % VOCAB for i in row["labels"]]
-        rows.append(row)
-    return [row for row in rows if len(row["input_ids"]) <= 384]
+    return rows
 
 
 # Pads the batches, no more; its ids are within the proxy's vocabulary.
@@ -120,6 +134,18 @@ def recipes(llama_factory: bool) -> list[Recipe]:
     return found
 
 
+def watch_losses(trainer: Trainer) -> list[torch.Tensor]:
+    """A list that fills with the loss of every micro-batch as `trainer` trains."""
+    losses, one = [], trainer.training_step
+
+    def watched(*args, **kwargs):
+        losses.append(one(*args, **kwargs))
+        return losses[-1]
+
+    trainer.training_step = watched
+    return losses
+
+
 class Clock(TrainerCallback):
     """Seconds from the first look at the data to the end of the step, collating included."""
 
@@ -154,13 +180,7 @@ def step(recipe: Recipe, model, rows: list[dict], folder: str) -> tuple[float, f
             train_dataset=Dataset.from_list(rows), processing_class=PADDER, callbacks=[clock],
         )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
-    losses, one = [], trainer.training_step
-
-    def watched(*args, **kwargs):
-        losses.append(one(*args, **kwargs))
-        return losses[-1]
-
-    trainer.training_step = watched
+    losses = watch_losses(trainer)
     trainer.train()
     return clock.seconds, float(sum(losses))
 

@@ -19,15 +19,14 @@ import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent))
+import step
 import torch
 import transformers
-from conftest import ROOT, genuine_tokenizer, notebook_process_func
+from conftest import ROOT, genuine_tokenizer
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
 from transformers import (
     DataCollatorForSeq2Seq,
-    LlamaConfig,
     LlamaForCausalLM,
     PrinterCallback,
     Trainer,
@@ -36,7 +35,6 @@ from transformers import (
 )
 
 from huanhuan.course import machine, versions
-from huanhuan.preprocess import load_rows
 from huanhuan.train import SharedPrefixCollator, checkpoint_activations
 
 CUDA = torch.cuda.is_available()
@@ -95,16 +93,9 @@ def bucketed(rows: list[dict], multiple: int = 128) -> dict[str, torch.Tensor]:
 
 def base_model(hidden: int, layers: int) -> LlamaForCausalLM:
     """Llama-3.2-3B where hidden is 3072 and layers 28."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128256, hidden_size=hidden, intermediate_size=hidden * 8192 // 3072,
-        num_hidden_layers=layers, num_attention_heads=max(hidden // 128, 1), head_dim=128,
-        num_key_value_heads=max(hidden // 384, 1), rope_theta=500000.0, rms_norm_eps=1e-5,
-        max_position_embeddings=2048, tie_word_embeddings=True, use_cache=False,
-        bos_token_id=128000, eos_token_id=128009,
-    )  # fmt: skip
+    heads = {"num_attention_heads": hidden // 128, "num_key_value_heads": max(hidden // 384, 1)}
     with torch.device(DEVICE):
-        return LlamaForCausalLM(config).to(DTYPE)
+        return step.llama(hidden, layers, 128256, head_dim=128, **heads).to(DTYPE)
 
 
 def matmul_rate() -> float:
@@ -135,11 +126,7 @@ class Watch(TrainerCallback):
 def train(recipe: Recipe, base, tokenizer, rows: Dataset, steps: int, folder: str) -> dict:
     """A whole training by `recipe`; the base model keeps its weights."""
     torch.manual_seed(0)
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    config = LoraConfig(
-        task_type="CAUSAL_LM", target_modules=targets, r=8, lora_alpha=32, lora_dropout=0.0
-    )
-    model = get_peft_model(base, config)
+    model = step.with_lora(base)
     if recipe.checkpointing:
         checkpoint_activations(model)
     if recipe.liger:
@@ -175,13 +162,7 @@ def train(recipe: Recipe, base, tokenizer, rows: Dataset, steps: int, folder: st
         }[recipe.packing]  # fmt: skip
         trainer = Trainer(model, TrainingArguments(**common), collator, rows, callbacks=[watch])
     trainer.remove_callback(PrinterCallback)
-    one, losses = trainer.training_step, []
-
-    def watched(*args, **kwargs):
-        losses.append(one(*args, **kwargs))
-        return losses[-1]
-
-    trainer.training_step = watched
+    losses = step.watch_losses(trainer)
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
     trainer.train()
@@ -196,9 +177,12 @@ def train(recipe: Recipe, base, tokenizer, rows: Dataset, steps: int, folder: st
         "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if CUDA else None,
         "losses": [float(part.sum()) for part in passes.split(per_step)],
     }
-    if recipe.compile is not None:
-        for layer in base.model.layers:
-            layer._compiled_call_impl = None
+    # the base goes on to the next recipe: as it was
+    for layer in base.model.layers:
+        layer._compiled_call_impl = None
+        layer.gradient_checkpointing = False
+    if recipe.checkpointing:
+        base.disable_input_require_grads()
     model.unload()
     return result
 
@@ -227,9 +211,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
 
     tokenizer = genuine_tokenizer()
-    process = notebook_process_func(tokenizer, 384)
-    texts = load_rows(asked.rows).to_dict("records")
-    rows = Dataset.from_list([row for row in map(process, texts) if len(row["input_ids"]) <= 384])
+    rows = Dataset.from_list(step.tokenised(asked.rows, tokenizer))
     base, rate = base_model(asked.hidden, asked.layers), matmul_rate()
     name = torch.cuda.get_device_name() if CUDA else "CPU"
     print(f"{name}: {rate / 1e12:.1f} TFLOP/s in {DTYPE}; {len(rows)} rows")
