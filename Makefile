@@ -13,7 +13,7 @@ course: $(VENV)/installed
 	cd notebooks && ../$(BIN)/python -m huanhuan
 
 lab: $(VENV)/installed
-	cd notebooks && ../$(BIN)/jupyter lab 01_setup.ipynb
+	$(BIN)/jupyter lab --notebook-dir=. notebooks/01_setup.ipynb
 
 train: $(VENV)/installed
 	cd notebooks && ../$(BIN)/torchrun --nproc_per_node $(NPROC) \

@@ -5,9 +5,14 @@ import html
 import importlib
 import inspect
 import json
+import os
 import re
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 
 import nbformat
 import pytest
@@ -222,6 +227,43 @@ def test_one_list_of_packages():
     for line in required:
         need = Requirement(line)
         assert need.specifier.contains(exact[need.name]), line
+
+
+@pytest.mark.newest
+def test_make_lab_shows_the_notebooks_with_their_pictures(tmp_path):
+    """JupyterLab serves nothing above the folder it was started in."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = {"allow_root": True, "open_browser": False, "port": port}
+    (tmp_path / "jupyter_server_config.json").write_text(json.dumps({"ServerApp": settings}))
+    log = tmp_path / "lab.log"
+    lab = subprocess.Popen(
+        ["make", "lab"], cwd=ROOT, stdout=log.open("w"), stderr=subprocess.STDOUT,
+        env=os.environ | {"JUPYTER_CONFIG_DIR": str(tmp_path), "JUPYTER_TOKEN": "test"},
+        start_new_session=True,
+    )  # fmt: skip
+
+    def get(path: str) -> bytes:
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(f"http://127.0.0.1:{port}/{path}?token=test") as answer:
+            return answer.read()
+
+    try:
+        for _ in range(240):
+            assert lab.poll() is None, log.read_text()
+            try:
+                get("api")
+                break
+            except OSError:
+                time.sleep(0.25)
+        for name, cell in CELLS:
+            for target in re.findall(r"\]\(([\w./-]+)\)", cell.source):
+                file = (NOTEBOOKS / target).resolve()
+                assert get(f"files/{file.relative_to(ROOT)}") == file.read_bytes(), (name, target)
+    finally:
+        os.killpg(lab.pid, signal.SIGTERM)
+        lab.wait()
 
 
 def test_every_notebook_and_test_is_run_by_ci():
