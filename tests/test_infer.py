@@ -10,15 +10,18 @@ import sys
 import time
 import urllib.request
 import zipfile
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pandas as pd
 import pytest
 import torch
+import transformers
 from conftest import NOTEBOOKS, ROOT, run_course
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from huanhuan import infer, show
 from huanhuan.course import CourseError
@@ -58,7 +61,12 @@ def test_pack_is_whole_and_names_nothing_of_this_machine(finished_run, tmp_path)
         for private in (str(ROOT), str(finished_run.run_dir), str(Path.home()), "training_args"):
             assert private.encode() not in data and private not in name, (name, private)
     card = content["llama3_lora/README.md"].decode()
-    assert "Built with Llama" in card and SYSTEM_PROMPT in card and "huanhuan_sample.json" in card
+    assert SYSTEM_PROMPT in card and "huanhuan_sample.json" in card
+    assert "Llama" not in card.split("```python")[0]  # the tiny model is none of Meta's
+    llama = copy.copy(finished_run)
+    llama.profile = replace(llama.profile, model="LLM-Research/Llama-3.2-3B-Instruct")
+    card = infer.model_card(llama)
+    assert "license: llama3.2" in card and "# Llama-3.2-" in card and "Built with Llama" in card
     assert infer.unpack(archive, tmp_path / "a") == tmp_path / "a" / "llama3_lora"
 
 
@@ -130,10 +138,103 @@ def test_merged_answers_as_the_adapter_does(finished_run, tuned, tokenizer):
         assert (half(input_ids=ids).logits - expected).abs().max() < 0.1
 
 
+class LlamaCpp:
+    """llama.cpp's own server on a GGUF file, in this process."""
+
+    def __init__(self, file: Path):
+        import xllamacpp
+
+        params = xllamacpp.CommonParams()
+        params.model.path, params.n_ctx, params.n_parallel = str(file), 1024, 1
+        params.cpuparams.n_threads, params.warmup = 2, False
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            params.port = free.getsockname()[1]
+        self.server = xllamacpp.Server(params)
+
+    def post(self, path: str, **body) -> dict:
+        request = urllib.request.Request(
+            self.server.listening_address + path,
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as answer:
+            return json.load(answer)
+
+
+def test_llama_cpp_reads_the_gguf_makes_our_tokens_and_gives_the_same_answers(
+    finished_run, tokenizer
+):
+    """Tokens of 50 prompts by llama.cpp's own tokenizer and the template in the file."""
+    merged = AutoModelForCausalLM.from_pretrained(
+        finished_run.run_dir / "merged", dtype=torch.float32
+    ).eval()
+    engine = LlamaCpp(finished_run.run_dir / "gguf" / "llama3_merged.gguf")
+    texts = datasets.load_from_disk(finished_run.path("tokenized"))
+    asked = [*texts["eval_text"]["instruction"], *infer.held_out_questions([])["identity"]][-50:]
+    same = 0
+    for question in asked:
+        messages = chat_messages(question)
+        prompt = engine.post("/apply-template", messages=messages)["prompt"]
+        ids = engine.post("/tokenize", content=prompt, add_special=True, parse_special=True)
+        assert ids["tokens"] == prompt_ids(tokenizer, question)
+        answer = engine.post(
+            "/v1/chat/completions", messages=messages, temperature=0, max_tokens=200
+        )["choices"][0]
+        assert answer["finish_reason"] == "stop"
+        expected = infer.ask(merged, tokenizer, question).text
+        same += answer["message"]["content"].strip() == expected
+    assert len(asked) == 50 and same >= 48  # 16-bit weights and other kernels
+
+
+def test_the_gguf_holds_for_llama_3s_own_vocabulary_and_rope(genuine, tmp_path):
+    """Random weights in the proportions of Llama-3.2-3B, its vocabulary and its rope scaling."""
+    torch.manual_seed(0)
+    rope = {
+        "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }  # fmt: skip
+    old = {"rope_theta": 500000.0, "rope_scaling": rope}
+    new = {"rope_parameters": rope | {"rope_theta": 500000.0}}
+    config = LlamaConfig(
+        vocab_size=128256, hidden_size=192, intermediate_size=512, num_hidden_layers=2,
+        num_attention_heads=6, num_key_value_heads=2, head_dim=32, tie_word_embeddings=True,
+        max_position_embeddings=131072, bos_token_id=128000, eos_token_id=[128001, 128008, 128009],
+        initializer_range=0.2, **(new if transformers.__version__ > "5" else old),
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    genuine.save_pretrained(tmp_path)
+    infer.write_gguf(model, tmp_path, tmp_path / "random.gguf")
+    engine = LlamaCpp(tmp_path / "random.gguf")
+    for question in (
+        "你是谁？",
+        "I'm 12345 years old… 嬛嬛一袅楚宫腰🌸\n\n  x",
+        "今夜月色很好。" * 90,
+    ):
+        ids = prompt_ids(genuine, question)
+        text = genuine.decode(ids).removeprefix("<|begin_of_text|>")  # llama.cpp writes it itself
+        told = engine.post("/tokenize", content=text, add_special=True, parse_special=True)
+        assert told["tokens"] == ids
+        answer = engine.post("/completion", prompt=ids, n_predict=1, temperature=0, n_probs=5)
+        top = answer["completion_probabilities"][0]["top_logprobs"]
+        with torch.inference_mode():
+            scores = model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+        assert top[0]["id"] == scores.argmax()
+        for one in top:
+            assert one["logprob"] == pytest.approx(scores[one["id"]].item(), abs=0.05)
+
+
+def test_no_room_on_the_disk_is_said_before_anything_is_written(tuned, tmp_path, monkeypatch):
+    infer.check_space(tuned, tmp_path, copies=2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(CourseError, match="只剩 0.0 GiB"):
+        infer.check_space(tuned, tmp_path, copies=2)
+
+
 def test_ollamas_template_is_ours_token_by_token(finished_run, tokenizer, genuine):
     """The Go template has nothing but places to fill in; Ollama puts BOS in front."""
-    text = (finished_run.run_dir / "merged" / "Modelfile").read_text(encoding="utf-8")
-    assert text == infer.modelfile(".")
+    text = (finished_run.run_dir / "gguf" / "Modelfile").read_text(encoding="utf-8")
+    assert text == infer.modelfile("./llama3_merged.gguf")
     template = re.search(r'TEMPLATE """(.*?)"""', text, re.S)[1]
     system = re.search(r'SYSTEM """(.*?)"""', text, re.S)[1]
     for question in ("你是谁？", "a {{ b }} \\n"):
@@ -238,7 +339,8 @@ def test_scores_beside_the_adapter_and_runs_in_one_table(finished_run):
         runs = infer.past_runs(finished_run)
         assert {"llama3_lora", older.name} <= set(runs["适配器"]) and 99 in set(runs["rank"])
         shown = infer.score_table(runs)
-        assert set(infer.SCORES) == set(scores) and len(shown) == len(scores)
+        shown_names = {n for names, _ in (infer.SETTINGS | infer.SCORES).values() for n in names}
+        assert shown_names == set(scores)
         assert shown.loc[shown[""] == "秩 r", older.name].item() == "99"
     finally:
         shutil.rmtree(older)

@@ -3,8 +3,10 @@
 import contextlib
 import hashlib
 import json
+import logging
 import math
 import random
+import shutil
 import threading
 import time
 import zipfile
@@ -15,7 +17,12 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import (
+    AutoTokenizer,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
 
 from huanhuan.course import DATA, Course, CourseError, versions
 from huanhuan.prompt import CALLED, DATE_STRING, NAME, SYSTEM_PROMPT, prompt_ids, shorten
@@ -129,19 +136,6 @@ def style_distance(texts: list[str], reference: list[str], n: int = 2) -> float:
     return 1 - sum(counts[0][gram] * counts[1][gram] for gram in counts[0]) / math.prod(norms)
 
 
-def held_out_loss(model, rows) -> float:
-    """Mean loss of a labelled token over tokenised `rows` (`input_ids`, `labels`), row by row."""
-    total = count = 0
-    for row in rows:
-        ids = torch.tensor([row["input_ids"]], device=model.device)
-        labels = torch.tensor([row["labels"]], device=model.device)
-        with torch.inference_mode():
-            loss = model(input_ids=ids, labels=labels).loss
-        labelled = int((labels[:, 1:] != -100).sum())
-        total, count = total + float(loss) * labelled, count + labelled
-    return total / count
-
-
 def adapter_norms(model) -> pd.DataFrame:
     """How much the adapter changes every matrix: the norm of (alpha / r) B A.
 
@@ -190,28 +184,35 @@ def past_runs(course: Course) -> pd.DataFrame:
     return pd.DataFrame(rows, index=names).rename_axis("适配器").reset_index()
 
 
-# Of scores.json: what a learner reads, and how the number is written.
+# Of scores.json: what a learner reads, the names there (where two: before and after the training),
+# and how the numbers are written.
+SETTINGS = {"秩 r": (["rank"], "{:.0f}"), "学习率": (["rate"], "{:g}")}
 SCORES = {
-    "rank": ("秩 r", "{:.0f}"),
-    "rate": ("学习率", "{:g}"),
-    "loss_base": ("验证集损失，微调前", "{:.3f}"),
-    "loss_tuned": ("验证集损失，微调后", "{:.3f}"),
-    "persona_base": ("没见过的身份问法答对，微调前", "{:.0%}"),
-    "persona_tuned": ("没见过的身份问法答对，微调后", "{:.0%}"),
-    "stopped_tuned": ("说完自己停下来", "{:.0%}"),
-    "copied_known": ("最长照抄，训练过的问题", "{:.0%}"),
-    "copied_unseen": ("最长照抄，没见过的问题", "{:.0%}"),
-    "style_tuned": ("与真正的回答的距离", "{:.2f}"),
-    "general_base": ("普通问题答对几个，微调前", "{:.0f}"),
-    "general_tuned": ("普通问题答对几个，微调后", "{:.0f}"),
+    "验证集损失": (["loss_base", "loss_tuned"], "{:.3f}"),
+    "验证集困惑度": (["perplexity_base", "perplexity_tuned"], "{:.0f}"),
+    "没见过的身份问法，答对": (["persona_base", "persona_tuned"], "{:.0%}"),
+    "说完自己停下来": (["stopped_base", "stopped_tuned"], "{:.0%}"),
+    "回答平均几个字": (["length_base", "length_tuned"], "{:.1f}"),
+    "措辞与真正的回答的距离": (["style_base", "style_tuned"], "{:.2f}"),
+    "普通问题，答对": (["general_base", "general_tuned"], "{:.0%}"),
+    "训练过的问题，最长照抄": (["copied_known"], "{:.0%}"),
+    "没见过的问题，最长照抄": (["copied_unseen"], "{:.0%}"),
+    "真正的回答，最长照抄": (["copied_reference"], "{:.0%}"),
 }
+
+
+def score_rows(scores: dict, which: dict = SCORES) -> dict[str, tuple[list[float], str]]:
+    """`scores` as a learner reads them: {what: ([before, after] or [after], a format)}."""
+    return {label: ([scores[n] for n in names], form) for label, (names, form) in which.items()}
 
 
 def score_table(runs: pd.DataFrame) -> pd.DataFrame:
     """What :func:`past_runs` returns, to be read: one row a score, one column an adapter."""
-    table = {"": [label for label, _ in SCORES.values()]}
+    which = SETTINGS | SCORES
+    table = {"": list(which)}
     for run in runs.to_dict("records"):
-        table[run["适配器"]] = [form.format(run[name]) for name, (_, form) in SCORES.items()]
+        rows = score_rows(run, which).values()
+        table[run["适配器"]] = [" → ".join(map(form.format, values)) for values, form in rows]
     return pd.DataFrame(table)
 
 
@@ -340,7 +341,7 @@ language: zh
 
 # {title}
 
-**Built with Llama.** 让 {base} 以“{name}”的身份说话的 LoRA 适配器。{licence_note}
+{licence_note}让 {base} 以“{name}”的身份说话的 LoRA 适配器。
 
 - **角色**：系统提示词是“{system_prompt}”。
 - **数据**：{rows} 条对话（{data}），按问题留出 {held} 条做验证。
@@ -401,7 +402,7 @@ def model_card(course: Course) -> str:
         base=course.base_name,
         license="llama3.2" if llama else "cc-by-4.0",
         title=("Llama-3.2-" if llama else "") + f"{NAME} LoRA",
-        licence_note="使用时请遵守 Llama 3.2 社区许可。" if llama else "",
+        licence_note="**Built with Llama.** 使用时请遵守 Llama 3.2 社区许可。" if llama else "",
         name=NAME,
         system_prompt=SYSTEM_PROMPT,
         data=Path(course.manifest["files"].get("data", "")).name,
@@ -424,8 +425,8 @@ def pack(course: Course) -> Path:
     In the run directory. Nothing in it names a path of this machine.
     """
     folder, target = course.path("adapter"), course.run_dir / "llama3_lora.zip"
+    (folder / "README.md").write_text(model_card(course), encoding="utf-8")
     content = {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
-    content["README.md"] = model_card(course).encode()
     sums = [f"{hashlib.sha256(data).hexdigest()}  {name}" for name, data in content.items()]
     content["SHA256SUMS"] = ("\n".join(sums) + "\n").encode()
     beside = target.with_suffix(".new")
@@ -454,8 +455,79 @@ def unpack(archive: Path, folder: Path) -> Path:
     return adapter
 
 
-def modelfile(merged: str = "./merged") -> str:
-    """An Ollama Modelfile for the merged weights: our prompt, our stop token, our sampling.
+def check_space(model, folder: Path, copies: int) -> None:
+    """Raise CourseError where the disk of `folder` has no room for `copies` of the model in 16 bits."""
+    needs, free = (
+        copies * model.num_parameters() * 2 / 2**30,
+        shutil.disk_usage(folder).free / 2**30,
+    )
+    if free < needs:
+        raise CourseError(
+            f"导出要写 {needs:.1f} GiB，{folder} 所在的磁盘只剩 {free:.1f} GiB：请清出空间，"
+            "或者把这一格里的目录换到别的磁盘，再运行一次。"
+        )
+
+
+def write_gguf(model, folder: Path, target: Path) -> None:
+    """Write a Llama in 16 bits as one GGUF file, for llama.cpp, Ollama and LM Studio.
+
+    `model` is a merged LlamaForCausalLM, `folder` holds its tokenizer. The names and the order of
+    the numbers are llama.cpp's: github.com/ggml-org/llama.cpp, ``conversion/llama.py``.
+    """
+    import gguf
+
+    logging.getLogger("gguf").setLevel(logging.ERROR)
+    config, tokenizer = model.config, AutoTokenizer.from_pretrained(folder)
+    beside = target.with_suffix(".new")
+    writer = gguf.GGUFWriter(beside, "llama")
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
+        add(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    theta = getattr(config, "rope_theta", None) or config.rope_parameters["rope_theta"]
+    writer.add_rope_freq_base(theta)
+    writer.add_vocab_size(config.vocab_size)
+
+    writer.add_tokenizer_model("gpt2")  # llama.cpp's word for byte-level BPE
+    writer.add_tokenizer_pre("llama-bpe")
+    ids = range(config.vocab_size)
+    kinds = (gguf.TokenType.NORMAL, gguf.TokenType.CONTROL)
+    writer.add_token_list(tokenizer.convert_ids_to_tokens(ids))
+    writer.add_token_types([kinds[i in tokenizer.added_tokens_decoder] for i in ids])
+    gguf.SpecialVocab(folder, load_merges=True).add_to_gguf(writer)  # and the chat template
+
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, weight in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        weight = weight.to("cpu", torch.float16 if weight.ndim > 1 else torch.float32)
+        if count := heads.get(name.split(".")[-2]):
+            # transformers turns the two halves of a head against each other, llama.cpp neighbours
+            weight = weight.unflatten(0, (count, 2, -1)).transpose(1, 2).flatten(0, 2)
+        writer.add_tensor(names.get_name(name, (".weight",)), weight.contiguous().numpy())
+    rope = type(model.model.rotary_emb)(config)
+    plain = theta ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
+    if not torch.allclose(rope.inv_freq, plain):  # Llama 3's stretching of the slow ones
+        writer.add_tensor("rope_freqs.weight", (plain / rope.inv_freq).numpy())
+
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    beside.replace(target)
+
+
+def modelfile(weights: str) -> str:
+    """An Ollama Modelfile for merged weights: our prompt, our stop token, our sampling.
+
+    `weights` is a GGUF file, as seen from where the Modelfile lies.
 
     Ollama puts BOS in front itself.
     """
@@ -469,7 +541,7 @@ def modelfile(merged: str = "./merged") -> str:
         + head.format(role="assistant")
         + "{{ .Response }}<|eot_id|>"
     )
-    lines = [f"FROM {merged}", f'TEMPLATE """{template}"""', f'SYSTEM """{SYSTEM_PROMPT}"""']
+    lines = [f"FROM {weights}", f'TEMPLATE """{template}"""', f'SYSTEM """{SYSTEM_PROMPT}"""']
     lines += ["PARAMETER stop <|eot_id|>", f"PARAMETER temperature {SAMPLING['temperature']}"]
     lines += [f"PARAMETER top_p {SAMPLING['top_p']}"]
     lines += [f"PARAMETER repeat_penalty {SAMPLING['repetition_penalty']}"]
