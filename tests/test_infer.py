@@ -231,19 +231,31 @@ def test_no_room_on_the_disk_is_said_before_anything_is_written(tuned, tmp_path,
         infer.check_space(tuned, tmp_path, copies=2)
 
 
-def test_ollamas_template_is_ours_token_by_token(finished_run, tokenizer, genuine):
-    """The Go template has nothing but places to fill in; Ollama puts BOS in front."""
+def test_ollamas_template_is_ours_token_by_token(finished_run, tokenizer, genuine, tmp_path, capfd):
+    """Filled in by Go's own text/template, as Ollama does; Ollama puts BOS in front."""
+    import go_template
+
     text = (finished_run.run_dir / "gguf" / "Modelfile").read_text(encoding="utf-8")
     assert text == infer.modelfile("./llama3_merged.gguf")
-    template = re.search(r'TEMPLATE """(.*?)"""', text, re.S)[1]
+    template = tmp_path / "template"
+    template.write_text(re.search(r'TEMPLATE """(.*?)"""', text, re.S)[1], encoding="utf-8")
     system = re.search(r'SYSTEM """(.*?)"""', text, re.S)[1]
-    for question in ("你是谁？", "a {{ b }} \\n"):
-        filled = template.split("{{ .Response }}")[0].replace("{{ .System }}", system)
-        filled = filled.replace("{{ .Prompt }}", question)
+    assert "PARAMETER stop <|eot_id|>" in text
+    said = [("你是谁？", "我是甄嬛。"), ("a {{ b }} \\n", "<b>")]
+    for turns in range(3):
+        messages = [{"Role": "system", "Content": system}]
+        for question, answer in said[:turns]:
+            messages += [{"Role": "user", "Content": question}]
+            messages += [{"Role": "assistant", "Content": answer}]
+        messages += [{"Role": "user", "Content": "今天下雪了"}]
+        values = tmp_path / "values.json"
+        values.write_text(json.dumps({"Messages": messages, "Response": ""}), encoding="utf-8")
+        capfd.readouterr()
+        go_template.render_template(str(template), str(values), "")
+        filled = capfd.readouterr().out
         for vocabulary in (tokenizer, genuine):
             ids = [vocabulary.bos_token_id, *vocabulary.encode(filled, add_special_tokens=False)]
-            assert ids == prompt_ids(vocabulary, question)
-    assert "PARAMETER stop <|eot_id|>" in text
+            assert ids == prompt_ids(vocabulary, "今天下雪了", said[:turns])
 
 
 def test_the_packs_template_writes_the_date_of_the_training(finished_run):

@@ -1,6 +1,7 @@
 import io
 import json
 import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -105,3 +106,9 @@ def test_upload_is_kept_only_when_it_is_good(run_dir, version):
     kept = sorted((run_dir / "uploads").iterdir(), key=lambda path: path.stat().st_mtime)
     assert [json.load(io.BytesIO(path.read_bytes()))[0]["output"] for path in kept] == ["一", "二"]
     assert kept[-1].name == "mine.json"
+
+
+def test_without_widgets_the_picker_says_how_to_go_on(run_dir, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    assert show.file_picker(Course.start(), check=load_rows) is None
+    assert "写上文件的路径" in capsys.readouterr().out

@@ -195,9 +195,9 @@ SCORES = {
     "回答平均几个字": (["length_base", "length_tuned"], "{:.1f}"),
     "措辞与真正的回答的距离": (["style_base", "style_tuned"], "{:.2f}"),
     "普通问题，答对": (["general_base", "general_tuned"], "{:.0%}"),
-    "训练过的问题，最长照抄": (["copied_known"], "{:.0%}"),
-    "没见过的问题，最长照抄": (["copied_unseen"], "{:.0%}"),
-    "真正的回答，最长照抄": (["copied_reference"], "{:.0%}"),
+    "训练过的问题，照抄 8 个字以上": (["copied_known"], "{:.0%}"),
+    "没见过的问题，照抄 8 个字以上": (["copied_unseen"], "{:.0%}"),
+    "真正的回答，照抄 8 个字以上": (["copied_reference"], "{:.0%}"),
 }
 
 
@@ -527,19 +527,18 @@ def write_gguf(model, folder: Path, target: Path) -> None:
 def modelfile(weights: str) -> str:
     """An Ollama Modelfile for merged weights: our prompt, our stop token, our sampling.
 
-    `weights` is a GGUF file, as seen from where the Modelfile lies.
-
-    Ollama puts BOS in front itself.
+    `weights` is a GGUF file, as seen from where the Modelfile lies. Ollama puts BOS in front itself,
+    and calls the template with every turn so far.
     """
     head = "<|start_header_id|>{role}<|end_header_id|>\n\n"
     template = (
-        head.format(role="system")
-        + f"Cutting Knowledge Date: December 2023\nToday Date: {DATE_STRING}\n\n"
-        + "{{ .System }}<|eot_id|>"
-        + head.format(role="user")
-        + "{{ .Prompt }}<|eot_id|>"
+        "{{ range .Messages }}"
+        + head.format(role="{{ .Role }}")
+        + '{{ if eq .Role "system" }}Cutting Knowledge Date: December 2023\n'
+        + f"Today Date: {DATE_STRING}\n\n"
+        + "{{ end }}{{ .Content }}<|eot_id|>{{ end }}"
         + head.format(role="assistant")
-        + "{{ .Response }}<|eot_id|>"
+        + "{{ .Response }}"  # empty; keeps the two line ends before it
     )
     lines = [f"FROM {weights}", f'TEMPLATE """{template}"""', f'SYSTEM """{SYSTEM_PROMPT}"""']
     lines += ["PARAMETER stop <|eot_id|>", f"PARAMETER temperature {SAMPLING['temperature']}"]

@@ -248,7 +248,11 @@ def file_picker(course: Course, check: Callable[[Path], pd.DataFrame]):
     in ``attrs["report"]``, or raises CourseError for a bad file, whose message is shown instead;
     nothing is written then. An earlier upload of the same name is renamed.
     """
-    import ipywidgets
+    try:
+        import ipywidgets
+    except ImportError:
+        print("没有 ipywidgets，显示不了上传按钮：用左侧文件栏上传，再在下一格里写上文件的路径。")
+        return None
 
     button = ipywidgets.FileUpload(
         description="选择数据集", accept=".json,.jsonl,.csv", multiple=False
