@@ -11,7 +11,6 @@ import base64
 import html
 import json
 import mimetypes
-import os
 import re
 import sys
 import time
@@ -23,27 +22,6 @@ from nbclient.exceptions import CellExecutionError
 from nbconvert import HTMLExporter
 
 from huanhuan.course import NOTEBOOKS, Course, CourseError, choose_profile, machine, versions
-
-
-def settle_paths() -> None:
-    """Make relative paths in ``HUANHUAN_*`` absolute, for the kernels run in ``notebooks/``.
-
-    They are looked for from the project's root, where ``make`` is called, then from the current
-    directory. What is found in neither (a hub id, a wrong path) is left as it is.
-    """
-    for name in ("HUANHUAN_DATA", "HUANHUAN_MODEL", "HUANHUAN_PERSONA"):
-        value = os.environ.get(name, "")
-        found = [
-            start / value
-            for start in (NOTEBOOKS.parent, Path.cwd())
-            if value and (start / value).exists()
-        ]
-        if found:
-            os.environ[name] = str(found[0].resolve())
-    if os.environ.get("HUANHUAN_OUTPUT"):
-        os.environ["HUANHUAN_OUTPUT"] = str(
-            (NOTEBOOKS.parent / os.environ["HUANHUAN_OUTPUT"]).resolve()
-        )
 
 
 def run(path: Path, out: Path) -> None:
@@ -102,7 +80,7 @@ def attach_pictures(notebook: nbformat.NotebookNode) -> None:
 
 def report(manifest: dict, answers: list[dict]) -> str:
     """The report card, as Markdown text."""
-    from huanhuan.prompt import NAME  # after settle_paths: HUANHUAN_PERSONA decides
+    from huanhuan.prompt import NAME  # not above: a bad persona file is to be one message
 
     results = manifest["results"]
     lines = ["", f"# 成绩单（{manifest['profile']['name']}，{manifest['machine']}）", ""]
@@ -139,10 +117,6 @@ os.chdir(os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 sys.path.insert(0, os.getcwd())
 if int(os.environ.get("RANK", 0)) > 0:
     sys.stdout = open(os.devnull, "w")  # the first process speaks for all
-
-from huanhuan.__main__ import settle_paths
-
-settle_paths()
 """
 
 
@@ -174,7 +148,6 @@ def main(names: list[str]) -> None:
             if path.stem in names:
                 print(script(path).relative_to(NOTEBOOKS))
         return
-    settle_paths()
     started = time.time()
     print(f"档位：{'，'.join(choose_profile())}")
     out = Course.start().run_dir / "executed"

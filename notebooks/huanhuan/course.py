@@ -19,6 +19,30 @@ from pathlib import Path
 NOTEBOOKS = Path(__file__).resolve().parent.parent
 DATA = NOTEBOOKS.parent / "data"
 
+
+def _settle_paths() -> None:
+    """Make relative paths in ``HUANHUAN_*`` absolute: a notebook does not run where it was called.
+
+    They are looked for from the project's root, where ``make`` is called, then from the current
+    directory. What is found in neither (a hub id, a wrong path) is left as it is.
+    """
+    for name in ("HUANHUAN_DATA", "HUANHUAN_MODEL", "HUANHUAN_PERSONA"):
+        value = os.environ.get(name, "")
+        found = [
+            start / value
+            for start in (NOTEBOOKS.parent, Path.cwd())
+            if value and (start / value).exists()
+        ]
+        if found:
+            os.environ[name] = str(found[0].resolve())
+    if os.environ.get("HUANHUAN_OUTPUT"):
+        os.environ["HUANHUAN_OUTPUT"] = str(
+            (NOTEBOOKS.parent / os.environ["HUANHUAN_OUTPUT"]).resolve()
+        )
+
+
+_settle_paths()
+
 # What is handed on, in the order it is made, and the notebook that makes it.
 MADE_BY = {
     "data": "01_setup",
@@ -63,7 +87,7 @@ class Profile:
     lora_r: int = 8
     lora_alpha: int = 32
     lora_dropout: float = 0.1
-    # The tutorial's True costs about a third more time. 03 turns it on where memory asks for it.
+    # The tutorial's True costs a third to a half more time. 03 turns it on where memory asks for it.
     gradient_checkpointing: bool = False
     logging_steps: int = 10
     save_steps: int = 200

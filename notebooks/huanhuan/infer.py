@@ -7,6 +7,7 @@ import logging
 import math
 import random
 import shutil
+import sys
 import threading
 import time
 import zipfile
@@ -103,8 +104,8 @@ def held_out_questions(trained_on: list[str]) -> dict[str, list[str]]:
     return {name: [q for q in groups[name] if q not in seen] for name in ("identity", "daily")}
 
 
-def general_questions() -> dict[str, str]:
-    """Ordinary questions, and the word that a right answer holds: what must not be forgotten."""
+def general_questions() -> dict[str, list[str]]:
+    """Ordinary questions, and words of which a right answer holds one: what must not be forgotten."""
     groups = json.loads((DATA / "heldout_questions.json").read_text(encoding="utf-8"))
     return {one["question"]: one["expected"] for one in groups["general"]}
 
@@ -193,11 +194,11 @@ SCORES = {
     "没见过的身份问法，答对": (["persona_base", "persona_tuned"], "{:.0%}"),
     "说完自己停下来": (["stopped_base", "stopped_tuned"], "{:.0%}"),
     "回答平均几个字": (["length_base", "length_tuned"], "{:.1f}"),
-    "措辞与真正的回答的距离": (["style_base", "style_tuned"], "{:.2f}"),
+    "措辞与数据里的回答的距离": (["style_base", "style_tuned"], "{:.2f}"),
     "普通问题，答对": (["general_base", "general_tuned"], "{:.0%}"),
     "训练过的问题，照抄 8 个字以上": (["copied_known"], "{:.0%}"),
     "没见过的问题，照抄 8 个字以上": (["copied_unseen"], "{:.0%}"),
-    "真正的回答，照抄 8 个字以上": (["copied_reference"], "{:.0%}"),
+    "数据里的回答，照抄 8 个字以上": (["copied_reference"], "{:.0%}"),
 }
 
 
@@ -352,10 +353,10 @@ language: zh
 
 ## 在任何一台电脑上运行
 
-需要 `pip install "transformers>=4.57,<6" "peft>=0.17" torch`，以及基座模型 {base}。改掉前两行的路径，其余不动：
+先安装 `pip install "transformers>=4.57,<6" "peft>=0.17" torch`，再准备基座模型 {base}{fetch}。改掉下面前两行的路径，其余不动：
 
 ```python
-base_path = r"{base}"  # 你电脑上的基座模型；Windows 上例如 r"D:\\models\\Llama-3.2-3B-Instruct"
+base_path = r"{folder}"  # 你电脑上的基座模型；Windows 上例如 r"D:\\models\\Llama-3.2-3B-Instruct"
 adapter_path = r"llama3_lora"  # 解压出来的目录
 
 import torch
@@ -380,8 +381,38 @@ for question in ["你是谁？", "今天下雪了，你在做什么？"]:
     print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
 
+## 让别的程序来问
+
+用 vLLM 提供服务，适配器不用合并（`--chat-template` 不能省：基座自带的模板会在提示词里写上今天的日期，与训练时不同）：
+
+```bash
+vllm serve {folder} --max-model-len 4096 --enable-lora --lora-modules huanhuan=llama3_lora --chat-template llama3_lora/chat_template.jinja
+```
+
+{client}
 `SHA256SUMS` 里有每个文件的校验和，用 `sha256sum -c SHA256SUMS` 核对。
 """
+
+
+CLIENT = """```python
+from openai import OpenAI  # pip install openai
+
+client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
+messages = [
+    {{"role": "system", "content": {system_prompt!r}}},
+    {{"role": "user", "content": "你是谁？"}},
+]
+answer = client.chat.completions.create(
+    model="huanhuan", messages=messages, temperature=0.5, max_tokens=200
+)
+print(answer.choices[0].message.content)
+```
+"""
+
+
+def client() -> str:
+    """Markdown: how a program asks a server that has the tuned model, by the OpenAI interface."""
+    return CLIENT.format(system_prompt=SYSTEM_PROMPT)
 
 
 def model_card(course: Course) -> str:
@@ -405,6 +436,12 @@ def model_card(course: Course) -> str:
         licence_note="**Built with Llama.** 使用时请遵守 Llama 3.2 社区许可。" if llama else "",
         name=NAME,
         system_prompt=SYSTEM_PROMPT,
+        client=client(),
+        folder=course.base_name.split("/")[-1],
+        fetch=f"（`modelscope download --model {course.base_name} --local_dir "
+        f"{course.base_name.split('/')[-1]}`，先 `pip install modelscope`）"
+        if "/" in course.base_name
+        else "（把它的整个目录拷过来）",
         data=Path(course.manifest["files"].get("data", "")).name,
         rows=results["train_rows"] + results["eval_rows"],
         held=results["eval_rows"],
@@ -455,17 +492,23 @@ def unpack(archive: Path, folder: Path) -> Path:
     return adapter
 
 
-def check_space(model, folder: Path, copies: int) -> None:
-    """Raise CourseError where the disk of `folder` has no room for `copies` of the model in 16 bits."""
-    needs, free = (
-        copies * model.num_parameters() * 2 / 2**30,
-        shutil.disk_usage(folder).free / 2**30,
-    )
+def export_folder(course: Course, model, typed: str = "") -> Path:
+    """Where merged weights go: `typed`, or the run directory; on Colab the machine's own disk.
+
+    (Google Drive, where a run on Colab lies, is too small for the 3B.) Raises CourseError where
+    there is no room for `model` twice in 16 bits.
+    """
+    place = Path("/content") if "google.colab" in sys.modules else course.run_dir
+    folder = Path(typed).expanduser() if typed else place
+    folder.mkdir(parents=True, exist_ok=True)
+    needs = 2 * model.num_parameters() * 2 / 2**30
+    free = shutil.disk_usage(folder).free / 2**30
     if free < needs:
         raise CourseError(
             f"导出要写 {needs:.1f} GiB，{folder} 所在的磁盘只剩 {free:.1f} GiB：请清出空间，"
-            "或者把这一格里的目录换到别的磁盘，再运行一次。"
+            "或者在这一格里写上另一个磁盘上的目录，再运行一次。"
         )
+    return folder
 
 
 def write_gguf(model, folder: Path, target: Path) -> None:

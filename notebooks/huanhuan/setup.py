@@ -112,9 +112,10 @@ def check_machine(course: Course) -> pd.DataFrame:
     disk = shutil.disk_usage(place).free / 2**30
     add(
         "可用磁盘",
-        "通过" if disk >= (12 if big else 1) else "不行",
+        "通过" if disk >= (20 if big else 1) else "提醒" if big and disk >= 8 else "不行",
         f"{disk:.1f} GiB",
-        "请清出空间，或用 HUANHUAN_OUTPUT 换一个目录",
+        "请清出空间，或用 HUANHUAN_OUTPUT 换一个目录"
+        + ("：模型约 6 GiB，04 导出时再写约 12 GiB" if big else ""),
     )
     return pd.DataFrame(rows)
 

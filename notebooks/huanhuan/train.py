@@ -472,7 +472,8 @@ def make_portable(adapter_dir: Path, base_name: str) -> None:
     """Make a saved adapter and tokenizer readable on another machine, by older versions too.
 
     - peft notes where the base model lay on this disk: its name is put there instead. What stands at
-      peft's default is left out, so that an older peft does not stumble over fields it does not know.
+      peft's default is left out, so that an older peft does not stumble over fields it does not know;
+      but for what vLLM asks for.
     - transformers 5 notes a tokenizer class that 4.x does not know, and not what the model takes.
     - The chat template would write today's date into every prompt: it gets the training's.
     - The Trainer's own arguments, full of paths, are taken out.
@@ -485,7 +486,8 @@ def make_portable(adapter_dir: Path, base_name: str) -> None:
     kept = {
         name: value
         for name, value in config.items()
-        if name == "peft_type" or (name != "peft_version" and value != defaults.get(name))
+        if name in ("peft_type", "r", "lora_alpha", "target_modules")
+        or (name != "peft_version" and value != defaults.get(name))
     }
     write_json(folder / "adapter_config.json", kept | {"base_model_name_or_path": base_name})
 
