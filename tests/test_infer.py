@@ -225,6 +225,17 @@ def test_the_gguf_holds_for_llama_3s_own_vocabulary_and_rope(genuine, tmp_path):
             assert one["logprob"] == pytest.approx(scores[one["id"]].item(), abs=0.05)
 
 
+def test_only_a_llama_is_written_as_a_gguf(tmp_path):
+    config = transformers.Qwen2Config(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=1, num_key_value_heads=1,
+    )  # fmt: skip
+    qwen = transformers.Qwen2ForCausalLM(config)
+    with pytest.raises(CourseError, match="qwen2.*convert_hf_to_gguf"):
+        infer.write_gguf(qwen, tmp_path, tmp_path / "model.gguf")
+    assert not list(tmp_path.iterdir())
+
+
 def test_no_room_on_the_disk_is_said_before_anything_is_written(
     finished_run, tuned, tmp_path, monkeypatch
 ):

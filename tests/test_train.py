@@ -615,6 +615,7 @@ AGREE = """
     split = train.choose_split(Course.start(), {{}}, model, rows, candidates)
     args = TrainingArguments({folder!r}, use_cpu=True, report_to="none")
     print(f"process {{rank}} of {{args.world_size}}: {{split.micro_batch}}", flush=True)
+    torch.distributed.destroy_process_group()
 """
 
 

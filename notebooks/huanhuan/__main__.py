@@ -118,6 +118,11 @@ sys.path.insert(0, os.getcwd())
 if int(os.environ.get("RANK", 0)) > 0:
     sys.stdout = open(os.devnull, "w")  # the first process speaks for all
 """
+SCRIPT_TAIL = """import torch.distributed
+
+if torch.distributed.is_initialized():  # or its threads may abort the process as it ends
+    torch.distributed.destroy_process_group()
+"""
 
 
 def script(path: Path) -> Path:
@@ -129,7 +134,7 @@ def script(path: Path) -> Path:
     ]
     target = NOTEBOOKS / "output" / f"{path.stem}.py"
     target.parent.mkdir(exist_ok=True)
-    text = "\n\n".join([SCRIPT_HEAD.format(name=path.stem), *cells]) + "\n"
+    text = "\n\n".join([SCRIPT_HEAD.format(name=path.stem), *cells, SCRIPT_TAIL])
     target.write_text(text, encoding="utf-8")
     return target
 

@@ -515,9 +515,16 @@ def write_gguf(model, folder: Path, target: Path) -> None:
     """Write a Llama in 16 bits as one GGUF file, for llama.cpp, Ollama and LM Studio.
 
     `model` is a merged LlamaForCausalLM, `folder` holds its tokenizer. The names and the order of
-    the numbers are llama.cpp's: github.com/ggml-org/llama.cpp, ``conversion/llama.py``.
+    the numbers are llama.cpp's: github.com/ggml-org/llama.cpp, ``conversion/llama.py``. Raises
+    CourseError for a model that is no Llama.
     """
     import gguf
+
+    if model.config.model_type != "llama":
+        raise CourseError(
+            f"这里只会把 Llama 写成 GGUF，这个模型是 {model.config.model_type}。"
+            "请用 llama.cpp 里的 convert_hf_to_gguf.py 来转换 merged 目录。"
+        )
 
     logging.getLogger("gguf").setLevel(logging.ERROR)
     config, tokenizer = model.config, AutoTokenizer.from_pretrained(folder)
