@@ -135,8 +135,11 @@ def test_merged_answers_as_the_adapter_does(finished_run, tuned, tokenizer):
     ids = torch.tensor([prompt_ids(tokenizer, asked[0])])
     with torch.inference_mode():
         expected = tuned(input_ids=ids).logits
-        assert (merged(input_ids=ids).logits - expected).abs().max() < 1e-3
-        assert (half(input_ids=ids).logits - expected).abs().max() < 0.1
+        apart = [(m(input_ids=ids).logits - expected).abs().max().item() for m in (merged, half)]
+    print(
+        f"{same} of {len(asked)}; logits apart: merged {apart[0]:.1e}, 16-bit copy {apart[1]:.1e}"
+    )
+    assert apart[0] < 1e-3 and apart[1] < 0.1
 
 
 class LlamaCpp:
@@ -419,7 +422,9 @@ def test_the_first_word_comes_within_half_a_second_and_the_reply_grows(tuned, to
     start = time.perf_counter()
     replies = chat.say("今天下雪了，你在做什么？", seed=0)
     grown = [next(replies)]
-    assert time.perf_counter() - start <= 0.5
+    seconds = time.perf_counter() - start
+    print(f"first word after {seconds:.2f} s")
+    assert seconds <= 0.5
     grown += list(replies)
     assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(grown))
     assert chat.turns[-1] == ("今天下雪了，你在做什么？", grown[-1])

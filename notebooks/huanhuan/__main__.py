@@ -118,10 +118,9 @@ sys.path.insert(0, os.getcwd())
 if int(os.environ.get("RANK", 0)) > 0:
     sys.stdout = open(os.devnull, "w")  # the first process speaks for all
 """
-SCRIPT_TAIL = """import torch.distributed
+SCRIPT_TAIL = """from accelerate import PartialState
 
-if torch.distributed.is_initialized():  # or its threads may abort the process as it ends
-    torch.distributed.destroy_process_group()
+PartialState().destroy_process_group()  # its threads may abort the process as it ends
 """
 
 
