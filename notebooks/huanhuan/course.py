@@ -10,38 +10,15 @@ import importlib.util
 import json
 import os
 import platform
+import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
 
-NOTEBOOKS = Path(__file__).resolve().parent.parent
-DATA = NOTEBOOKS.parent / "data"
-
-
-def _settle_paths() -> None:
-    """Make relative paths in ``HUANHUAN_*`` absolute: a notebook does not run where it was called.
-
-    They are looked for from the project's root, where ``make`` is called, then from the current
-    directory. What is found in neither (a hub id, a wrong path) is left as it is.
-    """
-    for name in ("HUANHUAN_DATA", "HUANHUAN_MODEL", "HUANHUAN_PERSONA"):
-        value = os.environ.get(name, "")
-        found = [
-            start / value
-            for start in (NOTEBOOKS.parent, Path.cwd())
-            if value and (start / value).exists()
-        ]
-        if found:
-            os.environ[name] = str(found[0].resolve())
-    if os.environ.get("HUANHUAN_OUTPUT"):
-        os.environ["HUANHUAN_OUTPUT"] = str(
-            (NOTEBOOKS.parent / os.environ["HUANHUAN_OUTPUT"]).resolve()
-        )
-
-
-_settle_paths()
+from huanhuan import DATA, NOTEBOOKS, CourseError
+from huanhuan.persona import PERSONA
 
 # What is handed on, in the order it is made, and the notebook that makes it.
 MADE_BY = {
@@ -63,24 +40,18 @@ if "LOCAL_RANK" not in os.environ:
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "modelscope")
 
 
-class CourseError(Exception):
-    """Something the learner can mend. Jupyter shows its message alone, without a traceback."""
-
-    def _render_traceback_(self) -> list[str]:  # IPython's hook
-        return [f"⛔ {self}"]
-
-
 @dataclass(frozen=True)
 class Profile:
     """What differs between machines, as data. The tutorial's values unless a comment says why not."""
 
     name: str
     model: str  # a hub id or a local folder
-    device: str  # "cpu" or "cuda"
+    device: str  # "cpu", "cuda" or "mps"
     dtype: str  # of the frozen weights; the adapter is always float32
     revision: str = "master"
     quantized: bool = False  # the frozen weights in 4 bits instead (bitsandbytes)
     max_length: int = 384  # tokens
+    max_rows: int | None = None  # of the training rows, drawn at random; None: all
     micro_batch: int | None = None  # rows a forward pass, of ROWS_PER_STEP; None: 03 measures
     epochs: int = 3
     learning_rate: float = 1e-4
@@ -97,6 +68,7 @@ class Profile:
 ROWS_PER_STEP = 16
 
 _LLAMA = "LLM-Research/Llama-3.2-3B-Instruct"
+_QWEN = "Qwen/Qwen2.5-{}-Instruct"
 
 PROFILES = {
     # 1e-4 hardly moves a model a thousand times smaller: a rate of its own. The micro-batch is the
@@ -104,6 +76,9 @@ PROFILES = {
     "cpu-tiny": Profile(
         "cpu-tiny", str(DATA / "tiny_llama"), "cpu", "float32", micro_batch=8, learning_rate=5e-3
     ),
+    # Small real models learn nothing of the data at the 3B's rate (tests/benchmarks/rates.py).
+    "cpu-small": Profile("cpu-small", _QWEN.format("0.5B"), "cpu", "float32", learning_rate=5e-4),
+    "mac": Profile("mac", _QWEN.format("1.5B"), "mps", "bfloat16", learning_rate=5e-4),
     "gpu-4bit": Profile("gpu-4bit", _LLAMA, "cuda", "bfloat16", quantized=True),
     "gpu-fp16": Profile("gpu-fp16", _LLAMA, "cuda", "float16"),
     "gpu-bf16": Profile("gpu-bf16", _LLAMA, "cuda", "bfloat16"),
@@ -111,25 +86,77 @@ PROFILES = {
 
 # What 03 estimates for the real dataset, a row at a time (in 4 bits: with checkpointing), and a margin.
 GPU_MEMORY_GIB, GPU_MEMORY_4BIT_GIB = 9.5, 3.9
+SMALL_MEMORY_GIB, MAC_MEMORY_GIB = 8, 16  # for a real model of 0.5B; for one of 1.5B
+
+CPU_ONLY_TORCH = (
+    "这台机器有 NVIDIA 显卡，装的却是 CPU 版的 torch，用不上它。换成带 CUDA 的：在 Linux 上运行 "
+    "pip install --upgrade --force-reinstall torch，再重启内核（Windows 请用 PyTorch 官网按显卡给出的那条命令）"
+)
+
+
+def idle_gpu() -> bool:
+    """Whether there is an NVIDIA card that this torch, built without CUDA, cannot use."""
+    import torch
+
+    built_for = torch.version.cuda or torch.version.hip
+    return built_for is None and shutil.which("nvidia-smi") is not None
+
+
+def gpu_name() -> str | None:
+    """The accelerator in words, None where there is none: a card's name, or torch's word for it."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name() + "（ROCm）" * (torch.version.hip is not None)
+    accelerator = getattr(torch, "accelerator", None)  # torch 2.6 and later
+    found = accelerator and accelerator.is_available() and accelerator.current_accelerator()
+    return found.type if found else None
 
 
 def choose_profile() -> tuple[str, str]:
     """Name of the profile that fits this machine, and the reason in Chinese."""
+    import torch
+
     asked = os.environ.get("HUANHUAN_PROFILE")
     if asked:
         if asked not in PROFILES:
             raise CourseError(
                 f"环境变量 HUANHUAN_PROFILE={asked} 不认识，请改成其中之一：{'、'.join(PROFILES)}。"
             )
+        there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": _has_mps()}
+        if not there[PROFILES[asked].device]:
+            why = CPU_ONLY_TORCH if idle_gpu() else "这台机器上 PyTorch 找不到它要用的 GPU"
+            raise CourseError(
+                f"HUANHUAN_PROFILE={asked} 在这里用不了：{why}。没有 GPU 请用 cpu-tiny 或 cpu-small。"
+            )
         return asked, "环境变量 HUANHUAN_PROFILE 指定"
+    if torch.cuda.is_available():
+        return _gpu_profile()
+    if _has_mps() and _memory_gib() >= SMALL_MEMORY_GIB:
+        return "mac", f"Apple Silicon，{_memory_gib():.0f} GiB 内存，用 mps"
+    reason = CPU_ONLY_TORCH if idle_gpu() else "没有找到可用的 GPU"
+    if os.environ.get("HUANHUAN_MODEL"):
+        return "cpu-small", f"{reason}，在 CPU 上用 HUANHUAN_MODEL 指定的模型"
+    return "cpu-tiny", f"{reason}，用 CPU 跑小模型"
+
+
+def _has_mps() -> bool:
     import torch
 
-    if not torch.cuda.is_available():
-        return "cpu-tiny", "没有找到可用的 NVIDIA GPU，用 CPU 跑小模型"
-    gpu, memory = (
-        torch.cuda.get_device_name(),
-        torch.cuda.get_device_properties(0).total_memory / 2**30,
-    )
+    return torch.backends.mps.is_available()
+
+
+def _memory_gib() -> float:
+    import psutil
+
+    return psutil.virtual_memory().total / 2**30
+
+
+def _gpu_profile() -> tuple[str, str]:
+    import torch
+
+    memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+    gpu = gpu_name()
     if memory < GPU_MEMORY_GIB:
         lacks = f"{gpu} 的显存 {memory:.1f} GiB 不足 {GPU_MEMORY_GIB} GiB，放不下 16 位的 3B"
         if memory < GPU_MEMORY_4BIT_GIB:
@@ -140,10 +167,43 @@ def choose_profile() -> tuple[str, str]:
             "cpu-tiny",
             f"{lacks}，用小模型；先运行 pip install bitsandbytes 再来，就可以用 4 位权重训练 3B",
         )
-    # Not torch.cuda.is_bf16_supported(): it says True on a T4, which only emulates bf16.
-    if torch.cuda.get_device_capability()[0] >= 8:
-        return "gpu-bf16", f"{gpu}（{memory:.1f} GiB）计算能力 ≥ 8.0，原生支持 bfloat16"
-    return "gpu-fp16", f"{gpu}（{memory:.1f} GiB）计算能力 < 8.0，没有原生 bfloat16，用 float16"
+    if _native_bf16():
+        return "gpu-bf16", f"{gpu}（{memory:.1f} GiB）原生支持 bfloat16"
+    return "gpu-fp16", f"{gpu}（{memory:.1f} GiB）没有原生的 bfloat16，用 float16"
+
+
+def _native_bf16() -> bool:
+    """Not torch.cuda.is_bf16_supported() on NVIDIA: it says True on a T4, which only emulates bf16."""
+    import torch
+
+    if torch.version.hip is not None:
+        return torch.cuda.is_bf16_supported()
+    return torch.cuda.get_device_capability()[0] >= 8  # compute capability
+
+
+def _for_this_machine(profile: Profile, given: dict) -> Profile:
+    """`profile` with what depends on the very machine and model, but for what was `given`."""
+    if profile.name == "cpu-tiny" and given.get("model", profile.model) != profile.model:
+        # The rate and the micro-batch are the toy's: they would ruin a real model, without a word.
+        profile = replace(PROFILES["cpu-small"], name="cpu-tiny")
+    if profile.device == "mps":
+        if _memory_gib() < MAC_MEMORY_GIB:
+            profile = replace(profile, model=_QWEN.format("0.5B"))
+        if not _computes_bf16("mps"):
+            profile = replace(profile, dtype="float32")
+    if profile.quantized and profile.device == "cuda" and not _native_bf16():
+        profile = replace(profile, dtype="float16")
+    return replace(profile, **given)
+
+
+def _computes_bf16(device: str) -> bool:
+    import torch
+
+    try:
+        ones = torch.ones(2, 2, dtype=torch.bfloat16, device=device)
+        return bool((ones @ ones == 2).all())
+    except (RuntimeError, TypeError):
+        return False
 
 
 class Course:
@@ -199,7 +259,7 @@ class Course:
         `overrides` are fields of :class:`Profile`, e.g. ``Course.start(epochs=5)``.
         Raises CourseError for an unknown field or profile.
         """
-        overrides = _persona().get("profile", {}) | overrides
+        overrides = PERSONA.get("profile", {}) | overrides
         unknown = set(overrides) - {f.name for f in fields(Profile)}
         if unknown:
             known = "、".join(f.name for f in fields(Profile))
@@ -209,18 +269,13 @@ class Course:
         name, reason = choose_profile()
         if os.environ.get("HUANHUAN_MODEL"):
             overrides = {"model": os.environ["HUANHUAN_MODEL"]} | overrides
-        profile = replace(PROFILES[name], **overrides)
-        if profile.quantized and profile.device == "cuda" and "dtype" not in overrides:
-            import torch
-
-            if torch.cuda.get_device_capability()[0] < 8:
-                profile = replace(profile, dtype="float16")
+        profile = _for_this_machine(PROFILES[name], overrides)
         run_dir = _run_dir(name)
         old = _read(run_dir) or {}
         manifest = {
             "profile": asdict(profile),
             "reason": reason,
-            "persona": _persona(),
+            "persona": PERSONA,
             "machine": machine(),
             "versions": versions(),
         }
@@ -238,10 +293,10 @@ class Course:
         manifest = _read(run_dir)
         if manifest is None:
             raise CourseError("这里还没有开始过课程：请先运行 01_setup.ipynb。")
-        made_for = manifest.get("persona", _persona())
-        if made_for != _persona():
+        made_for = manifest.get("persona", PERSONA)
+        if made_for != PERSONA:
             raise CourseError(
-                f"这里的成果是给“{made_for['name']}”做的，现在的角色却是“{_persona()['name']}”："
+                f"这里的成果是给“{made_for['name']}”做的，现在的角色却是“{PERSONA['name']}”："
                 "请把 HUANHUAN_PERSONA 改回去，或者从 01_setup.ipynb 重新开始。"
             )
         known = {f.name for f in fields(Profile)}
@@ -337,12 +392,6 @@ def _run_dir(profile: str) -> Path:
     return Path(os.environ.get("HUANHUAN_OUTPUT") or NOTEBOOKS / "output" / name).resolve()
 
 
-def _persona() -> dict:
-    from huanhuan.prompt import PERSONA  # which reads its file with this module's help
-
-    return PERSONA
-
-
 def _read(run_dir: Path) -> dict | None:
     path = run_dir / "manifest.json"
     if not path.exists():
@@ -358,12 +407,11 @@ def _read(run_dir: Path) -> dict | None:
 def machine() -> str:
     """This machine in a few words: system, cores, memory, GPU."""
     import psutil
-    import torch
 
     words = [platform.system(), platform.machine(), f"{os.cpu_count()} 核"]
     words.append(f"{psutil.virtual_memory().total / 2**30:.0f} GiB 内存")
-    if torch.cuda.is_available():
-        words.append(torch.cuda.get_device_name())
+    if gpu := gpu_name():
+        words.append(gpu)
     return "，".join(words)
 
 

@@ -25,8 +25,9 @@ from transformers import (
     TextIteratorStreamer,
 )
 
-from huanhuan.course import DATA, Course, CourseError, versions
-from huanhuan.prompt import CALLED, DATE_STRING, NAME, SYSTEM_PROMPT, prompt_ids, shorten
+from huanhuan.course import Course, CourseError, versions
+from huanhuan.persona import CALLED, FACTS, NAME, QUESTIONS, SYSTEM_PROMPT
+from huanhuan.prompt import DATE_STRING, prompt_ids, shorten
 
 # No dataset text holds more than this many tokens: a reply that reaches it did not end by itself.
 REPLY_LIMIT = 200

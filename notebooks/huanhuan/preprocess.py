@@ -17,8 +17,8 @@ from typing import Any, NoReturn
 import numpy as np
 import pandas as pd
 
-from huanhuan.course import CourseError
-from huanhuan.prompt import NAME
+from huanhuan import CourseError
+from huanhuan.persona import NAME
 
 FIELDS = ("instruction", "input", "output")
 SHOWN = 20  # problems listed in a message; the rest are counted

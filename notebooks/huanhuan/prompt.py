@@ -1,80 +1,164 @@
-"""The persona and the one prompt. Training and asking build their tokens here, so they cannot differ."""
+"""The one prompt, of any chat model. Training and asking build their tokens here, so they cannot differ.
 
-import json
-import os
+Nothing here belongs to one family of models: what stands around the texts, how a turn ends and
+what fills a batch are read from the model's own tokenizer and chat template.
+"""
+
+import re
 from collections.abc import Sequence
-from pathlib import Path
+from datetime import datetime
+from functools import lru_cache
 
-from huanhuan.course import DATA, CourseError
+from jinja2 import TemplateError
 
-# The one place that says who is played: name, system prompt, what the persona is called in its own
-# answers (any of these), and the dataset, beside this file unless it is an absolute path. And, where
-# it needs them, values of its own for the profile: little data wants more epochs.
-PERSONA_FILE = Path(os.environ.get("HUANHUAN_PERSONA") or DATA / "persona_huanhuan.json")
-_FIELDS = {"name": str, "system_prompt": str, "called": list, "dataset": str}
+from huanhuan import CourseError
+from huanhuan.persona import SYSTEM_PROMPT
 
-
-def read_persona(file: Path) -> dict:
-    """The persona in a JSON file. Raises CourseError where it cannot be read or a field is wrong."""
-    try:
-        persona = json.loads(file.read_text(encoding="utf-8"))
-        wrong = [name for name, kind in _FIELDS.items() if not isinstance(persona.get(name), kind)]
-    except (OSError, ValueError, AttributeError) as error:
-        raise CourseError(
-            f"角色文件 {file} 读不出来（{error}）：请检查 HUANHUAN_PERSONA。"
-        ) from None
-    if wrong:
-        raise CourseError(
-            f"角色文件 {file.name} 里缺少 {'、'.join(wrong)}，或者类型不对：照 data/persona_huanhuan.json 的样子写。"
-        )
-    return persona
-
-
-PERSONA = read_persona(PERSONA_FILE)
-NAME, SYSTEM_PROMPT, CALLED = PERSONA["name"], PERSONA["system_prompt"], PERSONA["called"]
-SAMPLE = PERSONA_FILE.parent / PERSONA["dataset"]
-
-# Llama 3.2's template writes today's date into every prompt unless it is told one. A fixed date
-# keeps tomorrow's prompt equal to the one the model was trained with.
+# Some templates write today's date into every prompt, by `date_string` or by a clock of their own.
+# A fixed date keeps tomorrow's prompt equal to the one the model was trained with.
 DATE_STRING = "26 Jul 2024"
+_DATE = datetime.strptime(DATE_STRING, "%d %b %Y")
 
-_SLOT = "\ue000"  # a private-use character: stands where the question goes while the template is rendered
+# What the course tells every chat template. Models that can think are asked to answer at once.
+TEMPLATE = {
+    "date_string": DATE_STRING,
+    "strftime_now": _DATE.strftime,
+    "enable_thinking": False,
+}
+
+_SLOT = "\ue000"  # a private-use character: stands where a text goes while the template is rendered
+_THINKING = re.compile(r"<(think|thinking|thought|reasoning)>(?!.*</\1>)", re.S)
 
 
-def chat_messages(question: str) -> list[dict[str, str]]:
-    """The conversation sent to the model: the persona's system prompt, then the question."""
-    return [
-        {"role": "system", "content": SYSTEM_PROMPT},
-        {"role": "user", "content": question},
+def chat_messages(question: str, tokenizer=None) -> list[dict[str, str]]:
+    """The conversation sent to the model: the persona's system prompt, then the question.
+
+    Some templates have no place for a system prompt. With such a `tokenizer` it stands at the head
+    of the question, as the authors of those templates advise (Gemma's model card).
+    """
+    return _messages([question], SYSTEM_PROMPT, tokenizer)
+
+
+def _messages(texts: Sequence[str], system: str | None, tokenizer=None) -> list[dict[str, str]]:
+    """Question, answer, question … as messages, after the system prompt where there is one."""
+    head = [{"role": "system", "content": system}] if system is not None else []
+    if head and tokenizer is not None and not _takes_system(tokenizer, tokenizer.chat_template):
+        head, texts = [], [f"{system}\n\n{texts[0]}", *texts[1:]]
+    turns = [
+        {"role": ("user", "assistant")[place % 2], "content": text}
+        for place, text in enumerate(texts)
     ]
+    return head + turns
+
+
+def _rendered(tokenizer, messages: list[dict[str, str]]) -> str:
+    """The template's text; after a question also what it writes before the answer."""
+    return tokenizer.apply_chat_template(
+        messages,
+        tokenize=False,
+        add_generation_prompt=messages[-1]["role"] == "user",
+        **TEMPLATE,
+    )
+
+
+@lru_cache(maxsize=64)
+def _takes_system(tokenizer, template) -> bool:
+    """Whether the template has a place for the system prompt. `template`: part of the cache's key."""
+    try:
+        return _rendered(tokenizer, _messages([_SLOT], _SLOT)).count(_SLOT) == 2
+    except TemplateError:
+        return False
+
+
+@lru_cache(maxsize=64)
+def _frame(tokenizer, template, texts: int, system: bool) -> list[str]:
+    """What the template writes around that many texts (question, answer, question …): one more piece.
+
+    With `system` one text more, before the others.
+    """
+    rendered = _rendered(tokenizer, _messages([_SLOT] * texts, _SLOT if system else None))
+    return rendered.split(_SLOT)
+
+
+def frame(tokenizer, texts: int, system: bool = True) -> list[str]:
+    """The pieces of text that the template writes before, between and after so many texts.
+
+    The texts are a question, its answer, the next question …, and before them the system prompt,
+    unless `system` is False. One piece more than there are texts.
+    """
+    return list(_frame(tokenizer, tokenizer.chat_template, texts, system))
+
+
+@lru_cache(maxsize=8)
+def _control(tokenizer) -> frozenset[int]:
+    """Ids of the tokens that stand for no text: marks of turns, of thinking, of tools, padding …
+
+    Runs of blanks, which some vocabularies list beside them, are text.
+    """
+    added = tokenizer.added_tokens_decoder
+    return frozenset(i for i, token in added.items() if token.content.strip(" \t\r\n▁"))
+
+
+def _encode(tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False)
 
 
 def text_ids(tokenizer, text: str) -> list[int]:
-    """Token ids of plain text, trimmed as Llama 3.2's template trims it, without BOS.
+    """Token ids of plain text without blanks at its ends, and without BOS.
 
-    The text is content, never control: ``<|eot_id|>`` typed by a person becomes ordinary
-    characters, not the token that ends a turn.
+    The text is content, never control: a mark such as the one that ends a turn, typed by a person,
+    becomes ordinary characters.
     """
-    return tokenizer.encode(text.strip(), add_special_tokens=False, split_special_tokens=True)
+    text, control = text.strip(), _control(tokenizer)
+    ids = _encode(tokenizer, text)
+    typed = control.intersection(ids)
+    if not typed:
+        return ids
+    # Cut within every mark, and encode the parts one by one.
+    starts = set()
+    for mark in tokenizer.convert_ids_to_tokens(sorted(control)):
+        place = text.find(mark)
+        while place >= 0:
+            starts.add(place + 1)
+            place = text.find(mark, place + 1)
+    ends = [0, *sorted(starts), len(text)]
+    parts = [text[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+    ids = [i for part in parts for i in _encode(tokenizer, part)]
+    if control.intersection(ids):  # a mark that the tokenizer sees where it is written otherwise
+        ids = [i for character in text for i in _encode(tokenizer, character)]
+    return ids
 
 
-def prompt_ids(tokenizer, question: str, turns: Sequence[tuple[str, str]] = ()) -> list[int]:
-    """Token ids of the whole prompt, from BOS to the header after which the model answers.
+def prompt_ids(
+    tokenizer,
+    question: str,
+    turns: Sequence[tuple[str, str]] = (),
+    system: str | None = SYSTEM_PROMPT,
+) -> list[int]:
+    """Token ids of the whole prompt, up to where the model answers; as its own template renders it.
 
-    `turns` are the questions and answers that went before. The tokenizer's own chat template
-    renders everything around the texts; the texts themselves go through :func:`text_ids`.
+    `turns` are the questions and answers that went before. `system` None: without the persona, as a
+    model is asked that nobody told who it is. Texts lose the blanks at their ends. What a person
+    types stays text (:func:`text_ids`).
     """
-    messages = chat_messages(_SLOT)
-    for _ in turns:
-        messages += [{"role": "assistant", "content": _SLOT}, {"role": "user", "content": _SLOT}]
-    rendered = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True, date_string=DATE_STRING
+    texts = [text.strip() for turn in turns for text in turn] + [question.strip()]
+    template = tokenizer.chat_template
+    if system is not None:
+        if _takes_system(tokenizer, template):
+            texts = [system.strip(), *texts]
+        else:
+            texts[0], system = f"{system.strip()}\n\n{texts[0]}".strip(), None
+    pieces = _frame(tokenizer, template, 2 * len(turns) + 1, system is not None)
+    whole = pieces[0] + "".join(
+        text + after for text, after in zip(texts, pieces[1:], strict=True)
     )
-    between = rendered.split(_SLOT)
-    ids = tokenizer.encode(between[0], add_special_tokens=False)
-    texts = [text for turn in turns for text in turn] + [question]
-    for text, after in zip(texts, between[1:], strict=True):
-        ids += text_ids(tokenizer, text) + tokenizer.encode(after, add_special_tokens=False)
+    ids, control = _encode(tokenizer, whole), _control(tokenizer)
+    expected = [i for i in _encode(tokenizer, "".join(pieces)) if i in control]
+    if [i for i in ids if i in control] == expected:
+        return ids
+    ids = _encode(tokenizer, pieces[0])
+    for text, after in zip(texts, pieces[1:], strict=True):
+        ids += text_ids(tokenizer, text) + _encode(tokenizer, after)
     return ids
 
 
@@ -97,3 +181,80 @@ def shorten(tokenizer, question: str, max_tokens: int) -> str:
         else:
             too_long = keep
     return best if fits >= 0 else ""
+
+
+def end_id(tokenizer) -> int:
+    """The token that ends an answer: the first mark that the template writes after one.
+
+    Some templates write none after the last answer, only before what follows; then it is that one.
+    Raises CourseError where the template ends an answer with no mark.
+    """
+    control = _control(tokenizer)
+    for texts in (2, 3):
+        after = frame(tokenizer, texts, system=False)[2]
+        for token in _encode(tokenizer, after):
+            if token in control:
+                return token
+            if tokenizer.decode([token]).strip():
+                break
+    raise CourseError(
+        "这个模型的聊天模板没有在回答后面写结束标记，训练教不会它停下来：请换一个对话（Instruct）模型。"
+    )
+
+
+def pad_token(tokenizer) -> str:
+    """The token that fills up shorter rows: the tokenizer's own, or one that nothing else uses.
+
+    One's own is no good where it also ends answers: it would be taught, or not, with them.
+    """
+    used = {tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token}
+    used.add(tokenizer.convert_ids_to_tokens(end_id(tokenizer)))
+    if tokenizer.pad_token and tokenizer.pad_token not in used:
+        return tokenizer.pad_token
+    written = "".join(frame(tokenizer, 3))
+    marks = tokenizer.convert_ids_to_tokens(sorted(_control(tokenizer)))
+    free = [mark for mark in marks if mark not in used and mark not in written]
+    # One that says what it is for, else one that was kept in reserve, else any.
+    for word in ("pad", "reserved", "unused", ""):
+        for mark in free:
+            if word in mark.lower():
+                return mark
+    return tokenizer.eos_token
+
+
+def end_generation(model, tokenizer) -> None:
+    """See that `model` stops where an answer ends, in this run; says so where its own config does not."""
+    config, end = model.generation_config, end_id(tokenizer)
+    stops = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    stops = [stop for stop in stops if stop is not None]
+    if end not in stops:
+        print(f"模型的 generation_config 里没有结束标记 {tokenizer.decode([end])}，这次运行加上它。")
+    config.eos_token_id = [*stops, *[end] * (end not in stops)]
+    config.pad_token_id = tokenizer.convert_tokens_to_ids(pad_token(tokenizer))
+
+
+def check_template(tokenizer) -> None:
+    """See that the course can talk with a model through its chat template.
+
+    Raises CourseError with what is missing: a template at all, an end mark, an answer without
+    thinking first.
+    """
+    if not tokenizer.chat_template:
+        raise CourseError(
+            "这是基座模型，没有聊天模板：请改用名字里带 Instruct 或 Chat 的那一个。"
+        )
+    try:
+        written = frame(tokenizer, 1, system=False)[-1]
+        whole = frame(tokenizer, 3, system=False)
+    except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
+        raise CourseError(
+            f"这个模型的聊天模板用不了（{error}）：请换一个对话（Instruct）模型。"
+        ) from None
+    if len(whole) != 4:
+        raise CourseError("这个模型的聊天模板不照原样写出对话：请换一个对话（Instruct）模型。")
+    if _THINKING.search(written):
+        raise CourseError(
+            "这个模型只会先思考再回答（聊天模板总是打开思考），课程的数据里没有思考过程："
+            "请改用同一系列里不思考的版本，名字里常带 Instruct。"
+        )
+    end_id(tokenizer)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from huanhuan.course import NOTEBOOKS, Course, CourseError
-from huanhuan.prompt import SAMPLE
+from huanhuan.persona import SAMPLE
 
 REQUIREMENTS = NOTEBOOKS.parent / "requirements.txt"
 
