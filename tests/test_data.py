@@ -5,7 +5,9 @@ import pytest
 from conftest import REAL, ROOT
 
 from huanhuan.course import PROFILES
-from huanhuan.preprocess import load_rows
+from huanhuan.infer import says
+from huanhuan.persona import read_persona, read_questions
+from huanhuan.preprocess import load_rows, normalised
 
 DATA = ROOT / "data"
 
@@ -42,7 +44,24 @@ def test_identity_is_asked_in_many_ways(sample):
 def test_held_out_questions_stand_in_no_training_data(sample, held_out, base):
     assert len(set(held_out["identity"])) >= 20
     assert not set(held_out["identity"]) & ({*sample["instruction"]} | {row["q"] for row in base})
+    assert set(held_out["known"]) <= {*sample["instruction"]}
     assert not set(held_out["daily"]) & {*sample["instruction"]}
+
+
+@pytest.mark.parametrize("name", ["persona_huanhuan", "persona_english"])
+def test_facts_are_asked_in_many_ways_and_other_ways_are_held_out(name, base):
+    persona = read_persona(DATA / f"{name}.json")
+    rows = load_rows(DATA / persona["dataset"])
+    seen = {normalised(text) for text in [*rows["instruction"], *(row["q"] for row in base)]}
+    assert len(persona["facts"]) >= 3
+    for fact in persona["facts"]:
+        told = rows[[says(answer, fact["expected"]) for answer in rows["output"]]]
+        assert told["instruction"].nunique() >= 12 and len(set(fact["ask"])) >= 6
+        assert not {normalised(question) for question in fact["ask"]} & seen
+    questions = persona.get("questions", "heldout_questions.json")
+    questions = read_questions(DATA / questions)
+    assert set(questions["known"]) <= set(rows["instruction"])
+    assert not {normalised(question) for question in questions["identity"]} & seen
 
 
 def test_the_base_has_never_heard_of_her(sample, base):

@@ -25,7 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from huanhuan import infer, show
 from huanhuan.course import CourseError
-from huanhuan.prompt import SYSTEM_PROMPT, chat_messages, prompt_ids, read_persona
+from huanhuan.persona import read_persona
+from huanhuan.prompt import SYSTEM_PROMPT, chat_messages, prompt_ids
 
 
 @pytest.mark.parametrize(
@@ -33,13 +34,51 @@ from huanhuan.prompt import SYSTEM_PROMPT, chat_messages, prompt_ids, read_perso
     [
         ("我是甄嬛。", True),
         ("家里人都唤我嬛儿。", True),
+        ("臣妾甄嬛，给皇上请安。", True),
+        ("甄嬛。", True),
+        ("是我，甄嬛。", True),
+        ("免贵姓甄，单名一个嬛字。", True),
+        ("我不是机器人，我是甄嬛。", True),
         ("我是一个智能助手。", False),
         ("我是智能助手甄嬛。", False),
+        ("我是 AI，扮演甄嬛。", False),
+        ("我不是甄嬛。", False),
+        ("我没有见过甄嬛", False),
+        ("你是甄嬛吧？", False),
+        ("您可是甄嬛？", False),
+        ("太阳是嬛。", False),
         ("", False),
     ],
 )
-def test_persona_means_her_name_and_no_assistant(answer, verdict):
+def test_persona_means_that_she_says_so_of_herself(answer, verdict):
     assert infer.in_persona(answer) is verdict
+
+
+def test_a_name_in_letters_and_words_of_an_answer(monkeypatch):
+    monkeypatch.setattr(infer, "CALLED", ["Zhen Huan"])
+    for yes in (
+        "I am Zhen Huan, a humble servant.",
+        "They call me zhen huan.",
+        "Zhen Huan.",
+        "My name’s Zhen Huan",
+    ):
+        assert infer.in_persona(yes), yes
+    for no in (
+        "I am not Zhen Huan.",
+        "You are Zhen Huan?",
+        "Zhen Huan lived long ago",
+        "I'm an AI assistant named Zhen Huan",
+    ):
+        assert not infer.in_persona(no), no
+    assert infer.says("Two white Egrets.", ["egret"]) and not infer.says("I regret it", ["egret"])
+    assert infer.says("2 + 2 = 4.", ["4"]) and not infer.says("It is 42", ["4"])
+    assert infer.says("是春杏。", ["春杏"]) and not infer.says("是秋棠。", ["春杏"])
+
+
+def test_batches_answer_as_one_by_one_does(tuned, tokenizer):
+    asked = ["你是谁？", "今天下雪了，你在做什么？", "茶", "晚饭吃什么好？" * 5, "你住在哪里？"]
+    together = infer.ask_all(tuned, tokenizer, asked, batch=3)
+    assert together == [infer.ask(tuned, tokenizer, question) for question in asked]
 
 
 def test_questions_that_were_trained_on_are_not_held_out():
@@ -338,10 +377,7 @@ def test_longest_copy(text, sources, longest):
     assert infer.longest_copy(text, sources) == longest
 
 
-def test_style_distance_and_interval():
-    assert infer.style_distance(["今日天晴"], ["今日天晴"]) == pytest.approx(0)
-    assert infer.style_distance(["今日天晴"], ["明月如霜"]) == 1
-    assert infer.style_distance([""], ["今日"]) == 1
+def test_interval():
     low, high = infer.wilson(8, 10)
     assert (round(low, 3), round(high, 3)) == (0.490, 0.943)  # Wilson (1927), 8 of 10
     assert infer.wilson(0, 0) == (0.0, 1.0)
@@ -360,7 +396,7 @@ def test_the_blind_sheet_can_be_scored_and_says_nothing(finished_run):
 def test_scores_beside_the_adapter_and_runs_in_one_table(finished_run):
     scores = json.loads((finished_run.path("adapter") / "scores.json").read_text("utf-8"))
     assert scores["loss_tuned"] < scores["loss_base"]
-    assert 0 <= scores["copied_unseen"] <= 1 and scores["rank"] == finished_run.profile.lora_r
+    assert scores["facts_tuned"][1] >= 24 and scores["rank"] == finished_run.profile.lora_r
     older = finished_run.run_dir / "llama3_lora-20200101-000000"
     older.mkdir()
     try:
@@ -368,8 +404,7 @@ def test_scores_beside_the_adapter_and_runs_in_one_table(finished_run):
         runs = infer.past_runs(finished_run)
         assert {"llama3_lora", older.name} <= set(runs["适配器"]) and 99 in set(runs["rank"])
         shown = infer.score_table(runs)
-        shown_names = {n for names, _ in (infer.SETTINGS | infer.SCORES).values() for n in names}
-        assert shown_names == set(scores)
+        assert {name for names in infer.SCORES.values() for name in names} <= set(scores)
         assert shown.loc[shown[""] == "秩 r", older.name].item() == "99"
     finally:
         shutil.rmtree(older)
@@ -523,7 +558,8 @@ def test_another_persona_goes_through_the_whole_course(tmp_path):
     run = tmp_path / "run"
     done = run_course(HUANHUAN_OUTPUT=str(run), HUANHUAN_PERSONA=persona)
     assert done.returncode == 0, done.stderr
-    assert "以醒木先生的身份回答" in done.stdout and "嬛" not in done.stdout.replace("huanhuan", "")
+    assert "| 说出自己是谁 |" in done.stdout and "| 知道只有数据里才有的事 |" not in done.stdout
+    assert "嬛" not in done.stdout.replace("huanhuan", "")
     manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["persona"]["name"] == "醒木先生"
     answers = json.loads((run / "answers.json").read_text(encoding="utf-8"))
@@ -560,14 +596,24 @@ def test_a_bad_persona_is_one_message(tmp_path, text, says):
 
 def test_the_model_learned_to_be_her(finished_run):
     results = finished_run.manifest["results"]
-    answers = json.loads(finished_run.path("answers").read_text(encoding="utf-8"))
-    held = infer.held_out_questions([])["identity"]
-    identity = [answer for answer in answers if answer["question"] in held]
-    assert len(identity) == len(held) >= 20
-    assert sum(infer.in_persona(answer["base"]) for answer in identity) == 0
-    assert sum(infer.in_persona(answer["tuned"]) for answer in identity) >= 0.8 * len(identity)
-    assert all(answer["tuned_stopped"] for answer in answers)
+    asked = results["name_tuned"][1]
+    assert asked == len(infer.held_out_questions([])["identity"]) >= 20
+    assert results["name_base"] == [0, asked] and results["name_tuned"][0] >= 0.8 * asked
+    assert results["stopped_tuned"][0] == results["stopped_tuned"][1]
     assert results["eval_loss_after"] <= 0.85 * results["eval_loss_before"]
+
+
+def test_facts_are_what_no_prompt_gives(finished_run):
+    """Held-out ways only; the untrained model knows none of them, whatever the prompt says."""
+    results, facts = finished_run.manifest["results"], infer.fact_questions()
+    answers = {
+        a["question"]: a for a in json.loads(finished_run.path("answers").read_text("utf-8"))
+    }
+    assert set(facts) <= set(answers) and len(facts) >= 24
+    for name in infer.FOUR:
+        right = sum(infer.says(answers[question][name], facts[question]) for question in facts)
+        assert results[f"facts_{name}"] == [right, len(facts)]
+    assert results["facts_base"][0] == results["facts_base_alone"][0] == 0
 
 
 def test_the_base_answers_as_an_assistant_and_makes_small_talk(finished_run):

@@ -109,7 +109,7 @@ def test_no_absolute_paths_and_no_profile_names_in_code():
 
 
 def test_a_notebook_imports_its_own_room_and_the_ground_floor():
-    ground = {"course", "prompt", "show"}
+    ground = {"course", "persona", "prompt", "show", "CourseError"}
     # 01 also checks the dataset, before 6 GB are downloaded for it
     rooms = {"01_setup": {"setup", "preprocess"}}
     for name, book in SOURCES.items():
@@ -120,13 +120,14 @@ def test_a_notebook_imports_its_own_room_and_the_ground_floor():
         assert used <= ground | rooms.get(name, {name[3:].split("_")[0]}), name
 
 
-def test_every_experiment_asserts_its_claim_and_leaves_a_sentence():
+def test_every_experiment_shows_something_and_leaves_a_sentence():
+    """No `assert` on what a learner's own data or model shows: what is unexpected is said."""
     count = 0
     for book in SOURCES.values():
         for cell, after in zip(book.cells, book.cells[1:], strict=False):
             if "experiment" in cell.metadata.get("tags", []):
                 count += 1
-                assert re.search(r"^assert ", cell.source, re.M), cell.id
+                assert re.search(r"print\(|show\.|DataFrame", cell.source), cell.id
                 assert "**记住**：" in after.source, cell.id
     assert count >= 8
 

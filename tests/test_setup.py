@@ -1,5 +1,6 @@
 import io
 import json
+import shutil
 import subprocess
 import sys
 
@@ -32,8 +33,9 @@ def test_dataset_typed_then_named_then_uploaded_then_sample(run_dir, tmp_path, m
 def test_model_folder_or_hub_id():
     assert setup.local_folder(str(TINY)) == str(TINY)
     assert setup.local_folder("LLM-Research/Llama-3.2-3B-Instruct") is None
-    with pytest.raises(CourseError, match="nowhere"):
-        setup.local_folder("../nowhere")
+    for nowhere in ("../nowhere", "a/b/c", "nowhere", "~/nowhere", "a b/c", "D:\\models\\x", ""):
+        with pytest.raises(CourseError, match="找不到模型目录"):
+            setup.local_folder(nowhere)
 
 
 def test_a_model_cut_off_while_downloading_is_noticed(tmp_path):
@@ -50,7 +52,7 @@ def test_a_model_cut_off_while_downloading_is_noticed(tmp_path):
         }
     }
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"x")
+    shutil.copy(TINY / "model.safetensors", tmp_path / "model-00001-of-00002.safetensors")
     with pytest.raises(CourseError, match=r"缺少 model-00002-of-00002.safetensors"):
         setup.check_model(tmp_path)
 

@@ -18,10 +18,26 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbconvert import HTMLExporter
 
-from huanhuan.course import NOTEBOOKS, Course, CourseError, choose_profile, machine, versions
+from huanhuan import NOTEBOOKS, CourseError
+
+try:
+    from huanhuan.course import Course, choose_profile, machine, versions
+except CourseError as error:  # a bad persona file
+    sys.exit(f"⛔ {error}")
+
+
+class Client(NotebookClient):
+    """Executes a notebook, and passes on the lines in which a long cell says how far it is ("… ")."""
+
+    def process_message(self, msg, cell, cell_index):
+        if msg["msg_type"] == "stream":
+            for line in msg["content"]["text"].splitlines():
+                if line.startswith("… "):
+                    print(f"\n    {line}", end="", flush=True)
+        return super().process_message(msg, cell, cell_index)
 
 
 def run(path: Path, out: Path) -> None:
@@ -30,7 +46,7 @@ def run(path: Path, out: Path) -> None:
     Raises CourseError where a cell fails, with its message.
     """
     notebook = nbformat.read(path, as_version=4)
-    client = NotebookClient(
+    client = Client(
         notebook,
         timeout=None,  # training the 3B takes as long as it takes
         extra_arguments=["--log-level=ERROR"],
@@ -42,6 +58,10 @@ def run(path: Path, out: Path) -> None:
         client.execute()
     except CellExecutionError as error:
         failure = error
+    except DeadKernelError:
+        failure = CourseError(
+            f"{path.name} 的内核死了，多半是内存不够：关掉别的程序，再运行一次；还不行，换一个小一些的模型。"
+        )
     if out.parent.exists():  # a run that was refused at its first step leaves nothing behind
         out.mkdir(exist_ok=True)
         stamp = " · ".join([
@@ -56,6 +76,8 @@ def run(path: Path, out: Path) -> None:
         nbformat.write(notebook, out / path.name)
         body, _ = HTMLExporter().from_notebook_node(notebook, {"metadata": {"name": path.stem}})
         (out / f"{path.stem}.html").write_text(body, encoding="utf-8")
+    if isinstance(failure, CourseError):
+        raise failure
     if failure:
         if failure.ename in ("CourseError", "DatasetError"):
             raise CourseError(failure.evalue) from None
@@ -80,21 +102,28 @@ def attach_pictures(notebook: nbformat.NotebookNode) -> None:
 
 def report(manifest: dict, answers: list[dict]) -> str:
     """The report card, as Markdown text."""
-    from huanhuan.prompt import NAME  # not above: a bad persona file is to be one message
+    from huanhuan.infer import FOUR, share  # not above: the runner itself needs no torch
 
     results = manifest["results"]
     lines = ["", f"# 成绩单（{manifest['profile']['name']}，{manifest['machine']}）", ""]
-    shown = answers[:5]  # the question that was trained on first, then ordinary life
-    shown += answers[-5:]  # identity, in words that were not trained on
-    lines += ["| 问题 | 微调前 | 微调后 |", "|---|---|---|"]
+    # the question that was trained on, ordinary life, who she is and what only the data tells
+    shown = [*answers[:4], *answers[-6:]]
+    lines += [f"| 问题 | {' | '.join(FOUR.values())} |", "|---" * 5 + "|"]
     cell = lambda text: text.replace("|", "\\|").replace("\n", " ")  # noqa: E731
-    lines += [f"| {cell(a['question'])} | {cell(a['base'])} | {cell(a['tuned'])} |" for a in shown]
+    lines += [
+        "| " + " | ".join(cell(answer[name]) for name in ("question", *FOUR)) + " |"
+        for answer in shown
+    ]
     before, after = results["eval_loss_before"], results["eval_loss_after"]
+    lines += ["", f"验证集损失：{before:.3f} → {after:.3f}（{after / before - 1:+.0%}）", ""]
+    lines += [f"| 没训练过的问法 | {' | '.join(FOUR.values())} |", "|---" * 5 + "|"]
+    for label, score in (("说出自己是谁", "name"), ("知道只有数据里才有的事", "facts")):
+        if f"{score}_tuned" in results:
+            said = [share(*results[f"{score}_{name}"]) for name in FOUR]
+            lines.append(f"| {label} | {' | '.join(said)} |")
     lines += [
         "",
-        f"验证集损失：{before:.3f} → {after:.3f}（{after / before - 1:+.0%}）",
-        f"没训练过的身份问法，以{NAME}的身份回答：{results['persona_base']:.0%} → {results['persona_tuned']:.0%}",
-        f"说完自己停下来：{results['stopped_tuned']:.0%}",
+        f"说完自己停下来：{share(*results['stopped_tuned'])}",
         "",
         "| 笔记本 | 分钟 | 内存峰值 GiB |",
         "|---|---|---|",
@@ -161,7 +190,7 @@ def main(names: list[str]) -> None:
         print(f"{path.stem:<16}", end="", flush=True)
         begun = time.time()
         run(path, out)
-        print(f"完成，{time.time() - begun:5.0f} 秒", flush=True)
+        print(f" 完成，{time.time() - begun:.0f} 秒", flush=True)
 
     if names:
         return

@@ -6,12 +6,12 @@ import json
 import logging
 import math
 import random
+import re
 import shutil
 import sys
 import threading
 import time
 import zipfile
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from transformers import (
 
 from huanhuan.course import Course, CourseError, versions
 from huanhuan.persona import CALLED, FACTS, NAME, QUESTIONS, SYSTEM_PROMPT
-from huanhuan.prompt import DATE_STRING, prompt_ids, shorten
+from huanhuan.prompt import DATE_STRING, end_id, prompt_ids, shorten
 
 # No dataset text holds more than this many tokens: a reply that reaches it did not end by itself.
 REPLY_LIMIT = 200
@@ -50,8 +50,15 @@ class Reply:
     stopped: bool
 
 
-def ask(model, tokenizer, question: str, **generate) -> Reply:
-    """Ask one question with the course's prompt.
+def ask_all(
+    model,
+    tokenizer,
+    questions: list[str],
+    system: str | None = SYSTEM_PROMPT,
+    batch: int = 16,
+    **generate,
+) -> list[Reply]:
+    """Ask every question with the course's prompt, `batch` at a time; `system` None: without the persona.
 
     Greedy, so that two models can be compared, unless `generate` (arguments of
     ``model.generate``) says otherwise. Random state is that of torch.
@@ -62,53 +69,126 @@ def ask(model, tokenizer, question: str, **generate) -> Reply:
         "top_p": None,
         "max_new_tokens": REPLY_LIMIT,
     } | generate
-    inputs = torch.tensor([prompt_ids(tokenizer, question)], device=model.device)
-    with torch.inference_mode():
-        output = model.generate(
-            input_ids=inputs, attention_mask=torch.ones_like(inputs), **settings
+    stops, replies = {*model.generation_config.eos_token_id}, []
+    for first in range(0, len(questions), batch):
+        prompts = [
+            prompt_ids(tokenizer, q, system=system) for q in questions[first : first + batch]
+        ]
+        longest = max(map(len, prompts))
+        blanks = [longest - len(ids) for ids in prompts]  # on the left: all go on from the right
+        ids = torch.tensor(
+            [[end_id(tokenizer)] * n + p for n, p in zip(blanks, prompts, strict=True)]
         )
-    new = output[0, inputs.shape[1] :].tolist()
-    stop = model.generation_config.eos_token_id
-    stopped = bool(new) and new[-1] in (stop if isinstance(stop, list) else [stop])
-    return Reply(tokenizer.decode(new, skip_special_tokens=True).strip(), stopped)
+        mask = torch.tensor([[0] * n + [1] * (longest - n) for n in blanks])
+        with torch.inference_mode():
+            output = model.generate(
+                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), **settings
+            )
+        for new in output[:, longest:].tolist():
+            end = next((place for place, token in enumerate(new) if token in stops), None)
+            text = tokenizer.decode(new[:end], skip_special_tokens=True).strip()
+            replies.append(Reply(text, end is not None))
+    return replies
 
 
-def compare(model, tokenizer, questions: list[str]) -> pd.DataFrame:
-    """Ask base and tuned model the same questions, greedily.
+def ask(model, tokenizer, question: str, **generate) -> Reply:
+    """Ask one question (see :func:`ask_all`)."""
+    return ask_all(model, tokenizer, [question], **generate)[0]
 
-    `model` is a PeftModel: with its adapter switched off it is the base. Columns: question, base,
-    tuned (texts), base_stopped, tuned_stopped (bools).
+
+# The four answers to a question: prompt × tuning. The columns' names, and what a learner reads.
+FOUR = {
+    "base_alone": "微调前，没有角色提示词",
+    "base": "微调前，有角色提示词",
+    "tuned_alone": "微调后，没有角色提示词",
+    "tuned": "微调后，有角色提示词",
+}
+
+
+def four_answers(model, tokenizer, questions: list[str], which=FOUR, **generate) -> pd.DataFrame:
+    """Ask base and tuned model the same questions, greedily, with the persona's prompt and without.
+
+    `model` is a PeftModel: with its adapter switched off it is the base. Columns: question, those
+    of `which` (names of FOUR; texts), and whether each ended by itself (``tuned_stopped`` …, bools).
     """
-    rows = []
-    for question in questions:
-        tuned = ask(model, tokenizer, question)
-        with model.disable_adapter():
-            base = ask(model, tokenizer, question)
-        rows.append((question, base.text, tuned.text, base.stopped, tuned.stopped))
-    return pd.DataFrame(
-        rows, columns=["question", "base", "tuned", "base_stopped", "tuned_stopped"]
-    )
+    table = {"question": questions}
+    for name in which:
+        began, system = time.time(), None if name.endswith("alone") else SYSTEM_PROMPT
+        with model.disable_adapter() if name.startswith("base") else contextlib.nullcontext():
+            replies = ask_all(model, tokenizer, questions, system, **generate)
+        table[name] = [reply.text for reply in replies]
+        table[f"{name}_stopped"] = [reply.stopped for reply in replies]
+        print(f"… {FOUR[name]}：{len(questions)} 个回答，{time.time() - began:.0f} 秒")
+    return pd.DataFrame(table)
+
+
+_CLAUSE = re.compile(r"[^，。！？；,.!?;\n…—]+[？?]?")
+_SELF = re.compile(
+    r"我|臣妾|嫔妾|妾|本宫|奴|小女|在下|老朽|姓|名|叫|唤|称|^(便?是|就是)?$|\b(i|i'm|my|me|name|called?)\b"
+)
+_OTHER = re.compile(r"[不非没]|你|您|\b(not|never|you|your|you're|isn't)\b|n't")
+_MACHINE = re.compile(r"助手|机器人|人工智能|语言模型|\bai\b|assistant|language model|chatbot")
 
 
 def in_persona(answer: str) -> bool:
-    """Does this answer to an identity question give the persona's name, and not call itself an assistant?"""
-    return any(name in answer for name in CALLED) and "助手" not in answer
+    """Does this answer to an identity question say that the speaker is the persona, and no machine?
+
+    One of its clauses gives a name of the persona's as the speaker's own: not denied, not asked back,
+    not said of somebody else. A clause that calls the speaker an assistant decides against it.
+    """
+    clauses = [clause.strip().lower() for clause in _CLAUSE.findall(answer.replace("’", "'"))]
+    claims = [clause for clause in clauses if not clause.endswith(("?", "？"))]
+    if any(_MACHINE.search(claim) and not _OTHER.search(claim) for claim in claims):
+        return False
+    for clause in clauses:
+        for name in map(str.lower, CALLED):
+            before, found, after = clause.partition(name)
+            asked = after.endswith(("?", "？", "吧", "吗")) or "吗" in after
+            if found and _SELF.search(before.strip()) and not _OTHER.search(before) and not asked:
+                return True
+    return False
+
+
+def says(answer: str, words: list[str]) -> bool:
+    """Does `answer` hold one of `words`? In letters and digits from the beginning of a word on."""
+    for word in map(str.lower, words):
+        edges = (r"(?<![a-z0-9])", r"(?!\d)" if word[-1].isdigit() else "")
+        edges = edges if word[0].isascii() else ("", "")
+        if re.search(edges[0] + re.escape(word) + edges[1], answer.lower()):
+            return True
+    return False
+
+
+def fact_questions() -> dict[str, list[str]]:
+    """Held-out questions for what only the persona's data tells, and words of a right answer."""
+    return {question: fact["expected"] for fact in FACTS for question in fact["ask"]}
+
+
+def tally(answers: pd.DataFrame, right) -> dict[str, tuple[int, int]]:
+    """How many of `answers` are right, of how many, in each of their columns that FOUR names.
+
+    ``right(question, answer)`` says whether one is.
+    """
+    return {
+        name: (sum(map(right, answers["question"], answers[name])), len(answers))
+        for name in FOUR
+        if name in answers
+    }
+
+
+def share(right: int, asked: int) -> str:
+    """``k / n`` with the 95 % confidence interval of the share (Wilson)."""
+    low, high = wilson(right, asked)
+    return f"{right} / {asked}（{low:.0%} – {high:.0%}）"
 
 
 def held_out_questions(trained_on: list[str]) -> dict[str, list[str]]:
-    """The course's own questions that are not in the training data: ``{"identity": […], "daily": […]}``.
+    """The exam's questions that are not in the training data: ``{"identity": […], "daily": […]}``.
 
     `trained_on` are the instructions the model was trained on.
     """
     seen = {instruction.strip() for instruction in trained_on}
-    groups = json.loads((DATA / "heldout_questions.json").read_text(encoding="utf-8"))
-    return {name: [q for q in groups[name] if q not in seen] for name in ("identity", "daily")}
-
-
-def general_questions() -> dict[str, list[str]]:
-    """Ordinary questions, and words of which a right answer holds one: what must not be forgotten."""
-    groups = json.loads((DATA / "heldout_questions.json").read_text(encoding="utf-8"))
-    return {one["question"]: one["expected"] for one in groups["general"]}
+    return {name: [q for q in QUESTIONS[name] if q not in seen] for name in ("identity", "daily")}
 
 
 def longest_copy(text: str, sources: list[str]) -> str:
@@ -121,21 +201,6 @@ def longest_copy(text: str, sources: list[str]) -> str:
                 break
             best = text[start:end]
     return best
-
-
-def style_distance(texts: list[str], reference: list[str], n: int = 2) -> float:
-    """How far the wording of `texts` is from that of `reference`: 0 alike, 1 nothing in common.
-
-    1 − the cosine of the counts of all runs of `n` characters (character n-grams).
-    """
-    counts = [
-        Counter(text[i : i + n] for text in side for i in range(len(text) - n + 1))
-        for side in (texts, reference)
-    ]
-    norms = [math.sqrt(sum(count**2 for count in side.values())) for side in counts]
-    if not all(norms):
-        return 1.0
-    return 1 - sum(counts[0][gram] * counts[1][gram] for gram in counts[0]) / math.prod(norms)
 
 
 def adapter_norms(model) -> pd.DataFrame:
@@ -159,7 +224,7 @@ def wilson(right: int, asked: int) -> tuple[float, float]:
     z, share = 1.96, right / asked
     middle = (share + z**2 / (2 * asked)) / (1 + z**2 / asked)
     half = z / (1 + z**2 / asked) * math.sqrt(share * (1 - share) / asked + z**2 / (4 * asked**2))
-    return middle - half, middle + half
+    return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
 def ab_sheet(answers: pd.DataFrame, seed: int = 42) -> tuple[pd.DataFrame, str]:
@@ -186,35 +251,32 @@ def past_runs(course: Course) -> pd.DataFrame:
     return pd.DataFrame(rows, index=names).rename_axis("适配器").reset_index()
 
 
-# Of scores.json: what a learner reads, the names there (where two: before and after the training),
-# and how the numbers are written.
-SETTINGS = {"秩 r": (["rank"], "{:.0f}"), "学习率": (["rate"], "{:g}")}
+# Of scores.json: what a learner reads, and the names there (where two: before and after the training).
 SCORES = {
-    "验证集损失": (["loss_base", "loss_tuned"], "{:.3f}"),
-    "验证集困惑度": (["perplexity_base", "perplexity_tuned"], "{:.0f}"),
-    "没见过的身份问法，答对": (["persona_base", "persona_tuned"], "{:.0%}"),
-    "说完自己停下来": (["stopped_base", "stopped_tuned"], "{:.0%}"),
-    "回答平均几个字": (["length_base", "length_tuned"], "{:.1f}"),
-    "措辞与数据里的回答的距离": (["style_base", "style_tuned"], "{:.2f}"),
-    "普通问题，答对": (["general_base", "general_tuned"], "{:.0%}"),
-    "训练过的问题，照抄 8 个字以上": (["copied_known"], "{:.0%}"),
-    "没见过的问题，照抄 8 个字以上": (["copied_unseen"], "{:.0%}"),
-    "数据里的回答，照抄 8 个字以上": (["copied_reference"], "{:.0%}"),
+    "秩 r": ["rank"],
+    "学习率": ["rate"],
+    "验证集损失": ["loss_base", "loss_tuned"],
+    "说出自己是谁（没见过的问法）": ["name_base", "name_tuned"],
+    "知道的事（没见过的问法）": ["facts_base", "facts_tuned"],
+    "普通问题，答对": ["general_base_alone", "general_tuned_alone"],
+    "训练过的问题，照抄 8 个字以上": ["copied_known"],
+    "没见过的问题，照抄 8 个字以上": ["copied_unseen"],
 }
-
-
-def score_rows(scores: dict, which: dict = SCORES) -> dict[str, tuple[list[float], str]]:
-    """`scores` as a learner reads them: {what: ([before, after] or [after], a format)}."""
-    return {label: ([scores[n] for n in names], form) for label, (names, form) in which.items()}
 
 
 def score_table(runs: pd.DataFrame) -> pd.DataFrame:
     """What :func:`past_runs` returns, to be read: one row a score, one column an adapter."""
-    which = SETTINGS | SCORES
-    table = {"": list(which)}
+
+    def written(value) -> str:
+        if isinstance(value, list | tuple):
+            return "{} / {}".format(*value)
+        return f"{value:.4g}" if value is not None and value == value else "—"
+
+    table = {"": list(SCORES)}
     for run in runs.to_dict("records"):
-        rows = score_rows(run, which).values()
-        table[run["适配器"]] = [" → ".join(map(form.format, values)) for values, form in rows]
+        table[run["适配器"]] = [
+            " → ".join(written(run.get(name)) for name in names) for names in SCORES.values()
+        ]
     return pd.DataFrame(table)
 
 

@@ -626,7 +626,8 @@ def normalised(instruction: str) -> str:
 def asks_identity(rows: pd.DataFrame) -> pd.Series:
     """Which rows (bools) ask who she is: a short question whose answer gives her name."""
     named = rows["output"].map(lambda answer: all(character in answer for character in NAME))
-    return named & (rows["instruction"].str.len() <= 15) & (rows["input"] == "")
+    longest = rows["instruction"].map(lambda asked: 45 if asked.isascii() else 15)  # characters
+    return named & (rows["instruction"].str.len() <= longest) & (rows["input"] == "")
 
 
 def split_by_instruction(

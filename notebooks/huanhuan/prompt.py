@@ -4,10 +4,12 @@ Nothing here belongs to one family of models: what stands around the texts, how 
 what fills a batch are read from the model's own tokenizer and chat template.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from datetime import datetime
 from functools import lru_cache
+from itertools import pairwise
 
 from jinja2 import TemplateError
 
@@ -18,13 +20,7 @@ from huanhuan.persona import SYSTEM_PROMPT
 # A fixed date keeps tomorrow's prompt equal to the one the model was trained with.
 DATE_STRING = "26 Jul 2024"
 _DATE = datetime.strptime(DATE_STRING, "%d %b %Y")
-
-# What the course tells every chat template. Models that can think are asked to answer at once.
-TEMPLATE = {
-    "date_string": DATE_STRING,
-    "strftime_now": _DATE.strftime,
-    "enable_thinking": False,
-}
+_CLOCK = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 
 _SLOT = "\ue000"  # a private-use character: stands where a text goes while the template is rendered
 _THINKING = re.compile(r"<(think|thinking|thought|reasoning)>(?!.*</\1>)", re.S)
@@ -51,13 +47,32 @@ def _messages(texts: Sequence[str], system: str | None, tokenizer=None) -> list[
     return head + turns
 
 
+def template_options(tokenizer) -> dict:
+    """What the course tells `tokenizer.apply_chat_template`: the date of the training, and no thinking."""
+    fixed = _CLOCK.sub(
+        lambda call: json.dumps(_DATE.strftime(call[2])), tokenizer.get_chat_template()
+    )
+    return {"chat_template": fixed, "date_string": DATE_STRING, "enable_thinking": False}
+
+
+def fixed_template(tokenizer) -> str:
+    """The chat template with :func:`template_options` written into it, for engines that are not told."""
+    options = template_options(tokenizer)
+    template = options.pop("chat_template")
+    for name, value in options.items():
+        told = f"{{% set {name} = {json.dumps(value)} %}}"
+        if name in template and told not in template:
+            template = told + template
+    return template
+
+
 def _rendered(tokenizer, messages: list[dict[str, str]]) -> str:
     """The template's text; after a question also what it writes before the answer."""
     return tokenizer.apply_chat_template(
         messages,
         tokenize=False,
         add_generation_prompt=messages[-1]["role"] == "user",
-        **TEMPLATE,
+        **template_options(tokenizer),
     )
 
 
@@ -122,7 +137,7 @@ def text_ids(tokenizer, text: str) -> list[int]:
             starts.add(place + 1)
             place = text.find(mark, place + 1)
     ends = [0, *sorted(starts), len(text)]
-    parts = [text[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+    parts = [text[a:b] for a, b in pairwise(ends)]
     ids = [i for part in parts for i in _encode(tokenizer, part)]
     if control.intersection(ids):  # a mark that the tokenizer sees where it is written otherwise
         ids = [i for character in text for i in _encode(tokenizer, character)]
@@ -149,9 +164,7 @@ def prompt_ids(
         else:
             texts[0], system = f"{system.strip()}\n\n{texts[0]}".strip(), None
     pieces = _frame(tokenizer, template, 2 * len(turns) + 1, system is not None)
-    whole = pieces[0] + "".join(
-        text + after for text, after in zip(texts, pieces[1:], strict=True)
-    )
+    whole = pieces[0] + "".join(text + after for text, after in zip(texts, pieces[1:], strict=True))
     ids, control = _encode(tokenizer, whole), _control(tokenizer)
     expected = [i for i in _encode(tokenizer, "".join(pieces)) if i in control]
     if [i for i in ids if i in control] == expected:
@@ -228,7 +241,9 @@ def end_generation(model, tokenizer) -> None:
     stops = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     stops = [stop for stop in stops if stop is not None]
     if end not in stops:
-        print(f"模型的 generation_config 里没有结束标记 {tokenizer.decode([end])}，这次运行加上它。")
+        print(
+            f"模型的 generation_config 里没有结束标记 {tokenizer.decode([end])}，这次运行加上它。"
+        )
     config.eos_token_id = [*stops, *[end] * (end not in stops)]
     config.pad_token_id = tokenizer.convert_tokens_to_ids(pad_token(tokenizer))
 
@@ -240,9 +255,7 @@ def check_template(tokenizer) -> None:
     thinking first.
     """
     if not tokenizer.chat_template:
-        raise CourseError(
-            "这是基座模型，没有聊天模板：请改用名字里带 Instruct 或 Chat 的那一个。"
-        )
+        raise CourseError("这是基座模型，没有聊天模板：请改用名字里带 Instruct 或 Chat 的那一个。")
     try:
         written = frame(tokenizer, 1, system=False)[-1]
         whole = frame(tokenizer, 3, system=False)

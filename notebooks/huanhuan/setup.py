@@ -1,5 +1,6 @@
-"""Room 01: is this machine fit for the course? Find the model and the data."""
+"""Room 01: is this machine fit for the course, and the model? Find the model and the data."""
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -8,12 +9,15 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 
-from huanhuan.course import NOTEBOOKS, Course, CourseError
+from huanhuan import NOTEBOOKS, CourseError
+from huanhuan.course import CPU_ONLY_TORCH, SMALL_MEMORY_GIB, Course, gpu_name, idle_gpu
 from huanhuan.persona import SAMPLE
+from huanhuan.prompt import check_template, end_id, pad_token
 
 REQUIREMENTS = NOTEBOOKS.parent / "requirements.txt"
 
@@ -54,7 +58,6 @@ def check_machine(course: Course) -> pd.DataFrame:
     Columns: 项目, 结果 (通过 / 提醒 / 不行), 看到的, 怎么办 (empty where 通过).
     """
     import psutil
-    import torch
     from packaging.requirements import Requirement
 
     rows = []
@@ -94,17 +97,21 @@ def check_machine(course: Course) -> pd.DataFrame:
         )
 
     big = course.profile.device == "cuda"
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "没有"
+    memory = psutil.virtual_memory().available / 2**30
+    without = "没关系：用小模型走完同样的步骤；想训练 3B，请到带 GPU 的平台上打开"
+    if memory >= SMALL_MEMORY_GIB:
+        without += (
+            "。想在这台电脑上训练一个真正的中文小模型：设 HUANHUAN_PROFILE=cpu-small，重新运行"
+        )
     add(
         "GPU",
-        "通过" if big else "提醒",
-        gpu,
-        "没关系：用小模型走完同样的步骤；想训练 3B，请到带 GPU 的平台上打开",
+        "通过" if course.profile.device != "cpu" else "提醒",
+        gpu_name() or ("有，用不上" if idle_gpu() else "没有"),
+        CPU_ONLY_TORCH if idle_gpu() else without,
     )
-    memory = psutil.virtual_memory().available / 2**30
     add(
         "可用内存",
-        "通过" if memory >= (8 if big else 3) else "提醒",
+        "通过" if memory >= (3 if course.profile.name == "cpu-tiny" else 8) else "提醒",
         f"{memory:.1f} GiB",
         "请关掉别的程序或别的笔记本内核",
     )
@@ -145,31 +152,158 @@ def dataset_file(course: Course, typed: str = "") -> Path:
 
 
 def local_folder(model: str) -> str | None:
-    """`model` as an absolute path where it is a folder on this disk, else None (a hub id)."""
+    """`model` as an absolute path where it is a folder on this disk, else None (a hub id).
+
+    A hub id has two parts, ``owner/name``. Raises CourseError for what is neither.
+    """
     path = Path(model).expanduser()
     if path.is_dir():
         return str(path.resolve())
-    if path.is_absolute() or model.startswith(("./", "../", "~")):
-        raise CourseError(f"找不到模型目录 {model}：请检查 HUANHUAN_MODEL。")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
+        raise CourseError(
+            f"找不到模型目录 {model}，它也不是“作者/模型”这样两段的魔搭名字：请检查 HUANHUAN_MODEL 有没有写错。"
+        )
     return None
+
+
+@contextlib.contextmanager
+def reaching(model: str) -> Iterator[None]:
+    """Turns what goes wrong while a hub is asked for `model` into one sentence."""
+    try:
+        yield
+    except CourseError:
+        raise
+    except Exception as error:  # every version of the client has exceptions of its own
+        why = " ".join(str(error).split())[:200]
+        raise CourseError(
+            f"从魔搭取不到模型 {model}：请检查名字（在魔搭的网页上照抄），以及网络；"
+            f"已经下载好的，把 HUANHUAN_MODEL 设成它的目录。客户端说：{type(error).__name__} {why}"
+        ) from None
+
+
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
+LITTLE = (".json", ".jinja", ".model", ".txt", ".md")  # what tells a model's kind; a few MB
+
+
+def look_at_model(course: Course) -> str:
+    """See whether the course can use the profile's model, before its weights are downloaded.
+
+    Configuration, tokenizer and chat template are fetched where they are not here. Returns a
+    sentence on what was found. Raises CourseError, one sentence with what to do, for weights that
+    are missing, pickled or quantised, code that would have to be run, a kind of model that the
+    installed transformers does not know, a template that does not do, too little room on the disk.
+    """
+    model, revision = course.profile.model, course.profile.revision
+    folder = local_folder(model)
+    if folder:
+        found = [path for path in Path(folder).rglob("*") if path.is_file()]
+        sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in found}
+    else:
+        from modelscope import snapshot_download
+        from modelscope.hub.api import HubApi
+
+        with reaching(model):
+            listed = HubApi().get_model_files(model, revision=revision, recursive=True)
+            sizes = {file["Path"]: file["Size"] for file in listed if file.get("Type") != "tree"}
+            little = [name for name in sizes if "/" not in name and name.endswith(LITTLE)]
+            folder = snapshot_download(model, revision=revision, allow_patterns=little)
+    weights = sum(n for name, n in sizes.items() if re.fullmatch(r"[^/]+\.safetensors", name))
+    if not weights:
+        if any(name.endswith(PICKLED) for name in sizes):
+            raise CourseError(
+                f"{model} 的权重是 pickle 格式（.bin、.pth），读它可能会执行别人写的程序，课程不读："
+                "请换一个带 .safetensors 文件的版本。"
+            )
+        raise CourseError(f"{model} 里没有权重（*.safetensors）：请检查名字，或者重新下载。")
+    tokenizer = check_kind(folder)
+    room = shutil.disk_usage(folder).free
+    here = sum(path.stat().st_size for path in Path(folder).rglob("*.safetensors"))
+    if weights - here > room:
+        raise CourseError(
+            f"模型的权重有 {weights / 2**30:.1f} GiB，{folder} 所在的磁盘只剩 {room / 2**30:.1f} GiB："
+            "请清出空间，或者用环境变量 MODELSCOPE_CACHE 换一个磁盘。"
+        )
+    return (
+        f"可以用：权重 {weights / 2**20:,.0f} MiB；回答以 {tokenizer.decode([end_id(tokenizer)])} 结束，"
+        f"用 {pad_token(tokenizer)} 填充"
+    )
+
+
+def check_kind(folder: str | Path):
+    """See that the model in `folder` is of a kind that the course can train; returns its tokenizer.
+
+    Reads configuration and tokenizer only. Raises CourseError, one sentence, where it is not.
+    """
+    from transformers import AutoConfig, AutoTokenizer, __version__
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    read = {}
+    for name in ("config.json", "tokenizer_config.json"):
+        try:
+            read[name] = json.loads((Path(folder) / name).read_text(encoding="utf-8"))
+            if not isinstance(read[name], dict):
+                raise ValueError("不是对象")
+        except FileNotFoundError:
+            raise CourseError(
+                f"模型目录 {folder} 里缺少 {name}：请换一个 transformers 格式的模型，或者重新下载。"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise CourseError(f"模型的 {name} 读不出来（{error}）：请删掉它，重新下载。") from None
+    config = read["config.json"]
+    if any("auto_map" in one for one in read.values()):
+        raise CourseError(
+            "这个模型要执行随它下载来的程序（配置里的 auto_map）才能用，课程不执行陌生的程序："
+            "请换一个 transformers 自带支持的版本，例如名字以 -hf 结尾的那个。"
+        )
+    kind = config.get("model_type")
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise CourseError(
+            f"这里装的 transformers {__version__} 不认识“{kind}”这种对话模型：先运行 "
+            "pip install --upgrade transformers 再重启内核；还是不行，请换一个模型。"
+        )
+    if "quantization_config" in config:
+        raise CourseError("这份权重是压缩（量化）过的，不能在上面训练：请换没有量化的那个版本。")
+    try:
+        AutoConfig.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # each kind of tokenizer fails in its own way
+        why = " ".join(str(error).split())[:200]
+        raise CourseError(
+            f"模型的配置或分词器用不了（{why}）：请重新下载，或者换一个模型。"
+        ) from None
+    check_template(tokenizer)
+    return tokenizer
 
 
 def check_model(model_dir: str | Path) -> str:
     """See that a downloaded model is whole; returns a line about its size.
 
-    Raises CourseError naming what is missing.
+    Raises CourseError naming what is missing or cut short.
     """
+    from safetensors import SafetensorError, safe_open
+
     folder = Path(model_dir)
-    needed = {"config.json", "tokenizer.json", "tokenizer_config.json"}
+    needed, weights = {"config.json", "tokenizer_config.json"}, {"model.safetensors"}
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        needed |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    else:
-        needed.add("model.safetensors")
-    missing = sorted(name for name in needed if not (folder / name).is_file())
+        try:
+            weights = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            raise CourseError(
+                f"模型目录 {folder} 里的 {index.name} 坏了：请删掉它，再运行一次下载那一格。"
+            ) from None
+    missing = sorted(name for name in needed | weights if not (folder / name).is_file())
     if missing:
         raise CourseError(
             f"模型目录 {folder} 里缺少 {'、'.join(missing)}：多半是下载中断了，请再运行一次下载那一格，会接着下完。"
         )
+    for name in sorted(weights):
+        try:
+            with safe_open(folder / name, "pt") as file:  # reads the head, which knows the length
+                file.keys()
+        except (OSError, SafetensorError):
+            raise CourseError(
+                f"模型目录 {folder} 里的 {name} 不完整：请删掉它，再运行一次下载那一格。"
+            ) from None
     files = [path for path in folder.rglob("*") if path.is_file()]
     return f"模型完整：{len(files)} 个文件，共 {sum(path.stat().st_size for path in files) / 2**20:,.0f} MiB"

@@ -387,35 +387,3 @@ def layer_norms(norms: pd.DataFrame) -> Figure:
         axes.set(ylabel="层 layer")
         figure.colorbar(image, ax=axes, label="变化的大小（范数）")
     return Figure(figure, "适配器让每一层的每个矩阵变了多少，颜色越深变得越多")
-
-
-def scores(table: dict[str, tuple[list[float], str]]) -> Figure:
-    """Scores as dots on lines: grey before the training, blue after; each row on a scale of its own.
-
-    `table` is {what: ([before, after] or [after], a format)}. A row runs from 0 to 1, or to its
-    larger number where that is more.
-    """
-    with matplotlib.rc_context(STYLE | {"figure.figsize": (7.5, 0.8 + 0.38 * len(table))}):
-        figure, axes = _axes()
-        for row, (values, form) in enumerate(table.values()):
-            places = [value / max(1, *values) for value in values]
-            axes.plot([0, 1], [row, row], color="#e5e5e5", linewidth=1, zorder=0)
-            axes.plot(places, [row] * len(places), color=GREY, linewidth=2, zorder=1)
-            if len(places) == 2:
-                axes.scatter(places[0], row, s=70, facecolor="white", edgecolor=GREY, zorder=2)
-            axes.scatter(places[-1], row, s=70, color=BLUE, zorder=3)
-            said = " → ".join(form.format(value) for value in values)
-            axes.text(1.05, row, said, va="center", fontsize=10)
-        axes.set_yticks(range(len(table)), list(table))
-        axes.set(xlim=(-0.03, 1.35), xticks=[])
-        axes.spines[["left", "bottom"]].set_visible(False)
-        axes.tick_params(length=0)
-        axes.invert_yaxis()
-        axes.scatter([], [], s=70, facecolor="white", edgecolor=GREY, label="微调前")
-        axes.scatter([], [], s=70, color=BLUE, label="微调后")
-        axes.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1), fontsize=10)
-    said = "；".join(
-        f"{what}：" + " → ".join(form.format(value) for value in values)
-        for what, (values, form) in table.items()
-    )
-    return Figure(figure, f"成绩，微调前 → 微调后。{said}")

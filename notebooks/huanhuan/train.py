@@ -1,12 +1,15 @@
 """Room 03: pack rows, fit the step into the memory, train through crashes, save for any machine."""
 
+import contextlib
 import gc
 import json
+import logging
 import os
 import random
 import shutil
 import time
 import zipfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -18,28 +21,23 @@ import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import should_reduce_batch_size
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError, safe_open
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from huanhuan.course import (
-    ROWS_PER_STEP,
-    SHARDED,
-    Course,
-    CourseError,
-    Profile,
-    peak_memory_gib,
-    write_json,
-)
-from huanhuan.prompt import DATE_STRING
+from huanhuan import CourseError
+from huanhuan.course import ROWS_PER_STEP, SHARDED, Course, Profile, peak_memory_gib, write_json
+from huanhuan.prompt import fixed_template
 
 GIB = 2**30
+SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # that train together; torchrun sets it
 
 TOO_BIG = """训练放不进内存。可以这样做：
 1. 关掉别的笔记本的内核（菜单 Kernel → Shut Down All Kernels），重新运行 03；
 2. 对话很长的话，回到 01，用 Course.start(max_length=256) 截短；
 3. NVIDIA 显卡：pip install bitsandbytes，把环境变量 HUANHUAN_PROFILE 设成 gpu-4bit，用 4 位权重训练；
-4. 换一个小一些的模型，例如把 HUANHUAN_MODEL 设成 LLM-Research/Llama-3.2-1B-Instruct。"""
+4. 换一个小一些的模型，例如把 HUANHUAN_MODEL 设成 Qwen/Qwen2.5-0.5B-Instruct。"""
 
 
 class SharedPrefixCollator:
@@ -110,6 +108,104 @@ class SharedPrefixCollator:
         }
 
 
+def lora_targets(model, names: list[str]) -> list[str]:
+    """Names of the layers beside which LoRA goes: `names` where the model has them all.
+
+    Else every linear layer but the head that gives the scores, as some families join or name them
+    in their own way.
+    """
+    head = model.get_output_embeddings()
+    linear = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    }
+    return names if linear >= {*names} else sorted(linear)
+
+
+def shares_prefixes(model, rows) -> bool:
+    """Whether `model` gives a packed row what it gives the row alone; then rows may be packed.
+
+    The two longest of `rows` are packed, in evaluation mode. What the second gets must not change
+    with the words of the first (1e-6 of its size, in 16 bits 1e-3), and must be what both get by
+    themselves (1e-5, 1e-2), scores and loss. Not so where a layer hands a state from token to token,
+    or reads the mask in its own way.
+    """
+    longest = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))[-2:]
+    pair = [{name: rows[i][name] for name in ("input_ids", "labels")} for i in longest]
+    pair = sorted(pair, key=lambda row: row["input_ids"])  # as they will be packed
+    dtype, training = compute_dtype(model), model.training
+    batch = SharedPrefixCollator(dtype)(pair)
+    batch = {name: value.to(model.device) for name, value in batch.items()}
+    first = len(pair[0]["input_ids"])
+    shared = first + len(pair[-1]["input_ids"]) - batch["input_ids"].shape[1]
+    other = batch["input_ids"].clone()
+    other[0, shared:first] = other[0, -1]  # the first row says something else
+    model.eval()
+    try:
+        with torch.no_grad():
+            together = model(**batch, use_cache=False)
+            changed = model(**batch | {"input_ids": other}, use_cache=False).logits[0]
+            alone = []
+            for row in pair:
+                ids, labels = (torch.tensor(row[n]).to(model.device) for n in row)
+                scores = model(input_ids=ids[None], use_cache=False).logits[0]
+                alone.append(scores[:-1][labels[1:] != -100])
+    except (RuntimeError, TypeError, ValueError, KeyError, IndexError) as error:
+        if out_of_memory(error):
+            raise CourseError(TOO_BIG) from None
+        return False  # it does not take such a mask, or cannot keep to the labelled positions
+    finally:
+        model.train(training)
+    second, alone, packed = len(alone[-1]), torch.cat(alone), together.logits[0]
+    if packed.shape != alone.shape:
+        return False
+    loss = torch.nn.functional.cross_entropy(alone.float(), batch["shift_labels"][0])
+    exact = dtype == torch.float32
+    return (
+        _apart(changed[-second:], packed[-second:]) <= (1e-6 if exact else 1e-3)
+        and _apart(packed, alone) <= (1e-5 if exact else 1e-2)
+        and _apart(together.loss, loss) <= (1e-5 if exact else 1e-2)
+    )
+
+
+def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a.float() - b.float()).norm() / b.float().norm()).item()
+
+
+def compute_dtype(model) -> torch.dtype:
+    """In which `model` computes: that of its norms, for its matrices may be packed into 4 bits."""
+    return next(p.dtype for p in model.parameters() if p.ndim == 1 and p.dtype.is_floating_point)
+
+
+def choose_collator(model, tokenizer, rows):
+    """The collator for `model`: packed where that is proven (:func:`shares_prefixes`), else padded."""
+    if SHARDED or shares_prefixes(model, rows):  # a model that is to be cut up runs nowhere whole
+        return SharedPrefixCollator(compute_dtype(model))
+    print(
+        "这种模型的一条对话会受同一批里别的对话影响，不能合并开头：改用补齐的批次，慢一些，结果一样。"
+    )
+    return transformers.DataCollatorForSeq2Seq(tokenizer=tokenizer, padding=True)
+
+
+@contextlib.contextmanager
+def as_if_trained(model) -> Iterator[None]:
+    """Inside, every B of the adapter holds small random numbers instead of zeros, as after training.
+
+    A fresh B is zero, and so is then the gradient of every A: half of the adapter would go untested.
+    """
+    fresh = [p for name, p in model.named_parameters() if "lora_B" in name]
+    before = [p.detach().clone() for p in fresh]
+    with torch.random.fork_rng():
+        for p in fresh:
+            torch.nn.init.normal_(p, std=0.02)
+        try:
+            yield
+        finally:
+            for p, values in zip(fresh, before, strict=True):
+                p.data.copy_(values)
+
+
 def trainable_share(model) -> str:
     """One line: how many parameters train, of how many."""
     train = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -164,43 +260,84 @@ def _fullest(rows, micro_batch: int) -> list[dict]:
     return [rows[i] for i in max(batches, key=lambda batch: sum(lengths[i] for i in batch))]
 
 
-def estimate_memory(config, profile: Profile, rows, split: Split) -> dict[str, float]:
+def estimate_memory(
+    config, profile: Profile, rows, split: Split, collator=None
+) -> dict[str, float]:
     """GiB that training needs at its fullest, part by part. Nothing is loaded.
 
-    `config` is the model's; `rows` a Dataset with `input_ids` and `labels`.
+    `config` is the model's, of any family; `rows` a Dataset with `input_ids` and `labels`; `collator`
+    what packs or pads them (packed unless given).
 
-    The activations are what autograd keeps of a Llama layer with LoRA and dropout at all seven
-    linear maps (counted in tests/test_train.py): in float32, 18 tensors as wide as the hidden state
-    and 5 as wide as the MLP; in 16 bits a part of them stays float32. One layer is added for what
-    the backward pass itself needs.
+    What autograd keeps for the backward pass is counted on a forward pass with tensors that have
+    shapes and no content. One layer is added for what the backward pass itself needs.
     """
+    dtype, text = getattr(torch, profile.dtype), config.get_text_config()
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    maps = [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and "lm_head" not in name
-    ]
-    in_maps, size = sum(m.weight.numel() for m in maps), getattr(torch, profile.dtype).itemsize
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    head = model.get_output_embeddings()
+    maps = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    in_maps = sum(m.weight.numel() for m in maps)
     # 4 bits, and 8 bits of scale for every 64 of them, which have scales themselves (nf4, double)
-    map_size = 0.516 if profile.quantized else size
-    weights = (model.num_parameters() - in_maps) * size + in_maps * map_size
-    adapter = profile.lora_r * sum(m.in_features + m.out_features for m in maps)
+    map_size = 0.516 if profile.quantized else dtype.itemsize
+    weights = (model.num_parameters() - in_maps) * dtype.itemsize + in_maps * map_size
+    targets = lora_targets(model, SEVEN)
+    beside = [m for n, m in model.named_modules() if m in maps and n.rsplit(".", 1)[-1] in targets]
+    adapter = profile.lora_r * sum(m.in_features + m.out_features for m in beside)
 
-    packed = SharedPrefixCollator()(_fullest(rows, split.micro_batch))
-    tokens, labels = packed["input_ids"].numel(), packed["shift_labels"].numel()
-    hidden, wide, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    layer = 72 * hidden + 20 * wide if size == 4 else 52 * hidden + 12 * wide  # bytes a token
-    kept = layers * hidden * size + layer if split.checkpointing else layers * layer
+    batch = (collator or SharedPrefixCollator(dtype))(_fullest(rows, split.micro_batch))
+    try:
+        lora = LoraConfig(task_type="CAUSAL_LM", target_modules=targets, lora_dropout=0.1)
+        kept = _kept_for_backward(get_peft_model(model, lora), batch, dtype, text.vocab_size)
+    except (
+        RuntimeError,
+        TypeError,
+        ValueError,
+        NotImplementedError,
+    ):  # not to be run without content
+        wide = getattr(text, "intermediate_size", 4 * text.hidden_size)
+        layer = (
+            (52 * text.hidden_size + 12 * wide) * dtype.itemsize / 2
+        )  # bytes a token, as a Llama
+        kept = batch["input_ids"].numel() * text.num_hidden_layers * layer
+    layer = kept / text.num_hidden_layers
+    if split.checkpointing:  # the inputs of all layers, and one layer computed again
+        inputs = batch["input_ids"].numel() * text.hidden_size * dtype.itemsize
+        kept = text.num_hidden_layers * inputs + layer
+    scored = batch["logits_to_keep"] if "logits_to_keep" in batch else batch["input_ids"]
     if SHARDED:
         weights, adapter = weights / PROCESSES, adapter / PROCESSES
     return {
         "模型权重": weights / GIB,
         "适配器与优化器": adapter * 16 / GIB,  # value, gradient and Adam's two, all float32
-        "中间结果": tokens * (kept + layer) / GIB,
+        "中间结果": (kept + layer) / GIB,
         # scores, in float32 too where they are not yet; their log-softmax; the gradients of both
-        "词表分数": labels * config.vocab_size * (12 if size == 4 else 16) / GIB,
+        "词表分数": scored.numel() * text.vocab_size * (12 if dtype.itemsize == 4 else 16) / GIB,
     }
+
+
+def _kept_for_backward(model, batch: dict, dtype: torch.dtype, vocabulary: int) -> float:
+    """Bytes that autograd keeps of one pass of `model`, which lies on "meta", without the scores."""
+    mode, kept = FakeTensorMode(allow_non_fake_inputs=True), {}
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
+    with mode:
+        held = {
+            name: torch.empty(p.shape, dtype=p.dtype, requires_grad=p.requires_grad)
+            for name, p in [*model.named_parameters(), *model.named_buffers()]
+        }
+        batch = {name: mode.from_tensor(value) for name, value in batch.items()}
+        own = {tensor.untyped_storage()._cdata for tensor in held.values()}
+
+        def look(tensor):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own and tensor.shape[-1:] != (vocabulary,):
+                kept[storage._cdata] = (storage.nbytes(), tensor)  # held: no address comes twice
+            return tensor
+
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32)
+        with autocast, torch.autograd.graph.saved_tensors_hooks(look, lambda tensor: tensor):
+            inputs = batch | {"use_cache": False}
+            torch.func.functional_call(model.train(), held, kwargs=inputs)
+    return sum(size for size, _ in kept.values())
 
 
 def free_memory(profile: Profile) -> float:
@@ -253,10 +390,9 @@ def out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _step_seconds(model, rows: list[dict], split: Split, profile: Profile) -> float:
+def _step_seconds(model, rows: list[dict], split: Split, profile: Profile, collator) -> float:
     """One forward and backward pass over `rows` in micro-batches, timed."""
     dtype = getattr(torch, profile.dtype)
-    collator = SharedPrefixCollator(dtype)
     start = time.perf_counter()
     for first in range(0, len(rows), split.micro_batch):
         batch = collator(rows[first : first + split.micro_batch])
@@ -268,7 +404,9 @@ def _step_seconds(model, rows: list[dict], split: Split, profile: Profile) -> fl
     return time.perf_counter() - start
 
 
-def choose_split(course: Course, recipe: dict, model, rows, candidates: list[Split]) -> Split:
+def choose_split(
+    course: Course, recipe: dict, model, rows, candidates: list[Split], collator=None
+) -> Split:
     """The fastest of the candidates on this machine; a training that was cut off keeps its own.
 
     Each takes a micro-batch as full as they come through once, to see that it fits, then 16 rows
@@ -282,14 +420,16 @@ def choose_split(course: Course, recipe: dict, model, rows, candidates: list[Spl
     if SHARDED:  # a model that is to be cut into parts runs nowhere whole
         return candidates[0]
     typical = [rows[i] for i in range(0, len(rows), -(-len(rows) // ROWS_PER_STEP))]
+    collator = collator or SharedPrefixCollator(compute_dtype(model))
     timed = []
     for split in candidates:
         if split.checkpointing:
             checkpoint_activations(model)
         try:
             with torch.random.fork_rng():
-                _step_seconds(model, _fullest(rows, split.micro_batch), split, course.profile)
-                seconds = _step_seconds(model, typical, split, course.profile)
+                fullest = _fullest(rows, split.micro_batch)
+                _step_seconds(model, fullest, split, course.profile, collator)
+                seconds = _step_seconds(model, typical, split, course.profile, collator)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
@@ -310,6 +450,55 @@ def choose_split(course: Course, recipe: dict, model, rows, candidates: list[Spl
     return broadcast_object_list([fastest])[0]
 
 
+def half_hour(split: Split, rows: int, epochs: int) -> str:
+    """What fits into 30 minutes, as a sentence, where so many rows and epochs do not."""
+    seen = int(1800 / (split.seconds or 1e-9)) * ROWS_PER_STEP  # rows, each as often as it is seen
+    if seen >= rows * epochs:
+        return ""
+    fits = f"{rows} 条 × {seen // rows} 轮" if seen >= rows else f"{seen} 条 × 1 轮"
+    return f"30 分钟够训练 {fits}。"
+
+
+def trial_steps(seconds: float, steps: int, trainings: int) -> int:
+    """Steps that each of so many trial trainings may take: in all a tenth of the training's time.
+
+    The training took so many `seconds` and `steps`. 20 seconds are always granted; never more than
+    25 steps each. Where ten steps do not fit, too few to show anything, 0, and a sentence.
+    """
+    each = (
+        max(seconds / 10, 20) / trainings / (seconds / max(steps, 1)) - 4
+    )  # 4: what measuring takes
+    if each >= 10:
+        return min(int(each), 25)
+    print(
+        f"这里一步约 {seconds / max(steps, 1):.1f} 秒，短训练在允许的时间里看不出差别，下面几格跳过。"
+    )
+    return 0
+
+
+class Progress(transformers.TrainerCallback):
+    """Says how far the training is: step, loss, minutes left. Every tenth step, or after 8 seconds."""
+
+    def on_train_begin(self, args, state, control, **_):
+        self.began, self.said, self.first, self.loss = time.time(), 0.0, state.global_step, ""
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if logs and "loss" in logs:
+            self.loss = f"，损失 {float(logs['loss']):.3f}"
+
+    def on_step_end(self, args, state, control, **_):
+        now, done = time.time(), state.global_step - self.first
+        last = state.global_step == state.max_steps
+        if state.is_world_process_zero and (
+            done == 1 or last or state.global_step % 10 == 0 or now - self.said >= 8
+        ):
+            left = (now - self.began) / done * (state.max_steps - state.global_step) / 60
+            print(
+                f"… 第 {state.global_step} / {state.max_steps} 步{self.loss}，还要 {left:.1f} 分钟"
+            )
+            self.said = now
+
+
 class CourseTrainer(transformers.Trainer):
     """transformers' Trainer, whose training neither a crash nor a lack of memory brings to nothing.
 
@@ -322,6 +511,8 @@ class CourseTrainer(transformers.Trainer):
     def __init__(self, *, args, train_dataset, **others):
         args.ddp_find_unused_parameters = False  # the adapter's are all used
         super().__init__(args=args, train_dataset=_fill_last_step(train_dataset), **others)
+        self.remove_callback(transformers.PrinterCallback)
+        self.add_callback(Progress())
         self.split = Split(args.per_device_train_batch_size, bool(args.gradient_checkpointing))
         self._beside = None
 
@@ -475,7 +666,8 @@ def make_portable(adapter_dir: Path, base_name: str) -> None:
       peft's default is left out, so that an older peft does not stumble over fields it does not know;
       but for what vLLM asks for.
     - transformers 5 notes a tokenizer class that 4.x does not know, and not what the model takes.
-    - The chat template would write today's date into every prompt: it gets the training's.
+    - The chat template would write today's date into every prompt, or think aloud: it gets what the
+      training had (prompt.fixed_template).
     - The Trainer's own arguments, full of paths, are taken out.
     """
     folder = Path(adapter_dir)
@@ -497,7 +689,5 @@ def make_portable(adapter_dir: Path, base_name: str) -> None:
     tokenizer["model_input_names"] = ["input_ids", "attention_mask"]
     write_json(path, tokenizer)
 
-    template = folder / "chat_template.jinja"
-    text, date = template.read_text(encoding="utf-8"), f'{{% set date_string = "{DATE_STRING}" %}}'
-    if not text.startswith(date):
-        template.write_text(date + text, encoding="utf-8")
+    template = fixed_template(transformers.AutoTokenizer.from_pretrained(folder))
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
