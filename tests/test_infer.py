@@ -10,7 +10,6 @@ import sys
 import time
 import urllib.request
 import zipfile
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,10 +17,9 @@ import datasets
 import pandas as pd
 import pytest
 import torch
-import transformers
 from conftest import NOTEBOOKS, ROOT, run_course
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from huanhuan import infer, show
 from huanhuan.course import CourseError
@@ -104,10 +102,6 @@ def test_pack_is_whole_and_names_nothing_of_this_machine(finished_run, tmp_path)
     card = content["llama3_lora/README.md"].decode()
     assert SYSTEM_PROMPT in card and "huanhuan_sample.json" in card
     assert "Llama" not in card.split("```python")[0]  # the tiny model is none of Meta's
-    llama = copy.copy(finished_run)
-    llama.profile = replace(llama.profile, model="LLM-Research/Llama-3.2-3B-Instruct")
-    card = infer.model_card(llama)
-    assert "license: llama3.2" in card and "# Llama-3.2-" in card and "Built with Llama" in card
     assert infer.unpack(archive, tmp_path / "a") == tmp_path / "a" / "llama3_lora"
 
 
@@ -181,103 +175,6 @@ def test_merged_answers_as_the_adapter_does(finished_run, tuned, tokenizer):
     assert apart[0] < 1e-3 and apart[1] < 0.1
 
 
-class LlamaCpp:
-    """llama.cpp's own server on a GGUF file, in this process."""
-
-    def __init__(self, file: Path):
-        import xllamacpp
-
-        params = xllamacpp.CommonParams()
-        params.model.path, params.n_ctx, params.n_parallel = str(file), 1024, 1
-        params.cpuparams.n_threads, params.warmup = 2, False
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            params.port = free.getsockname()[1]
-        self.server = xllamacpp.Server(params)
-
-    def post(self, path: str, **body) -> dict:
-        request = urllib.request.Request(
-            self.server.listening_address + path,
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as answer:
-            return json.load(answer)
-
-
-def test_llama_cpp_reads_the_gguf_makes_our_tokens_and_gives_the_same_answers(
-    finished_run, tokenizer
-):
-    """Tokens of 50 prompts by llama.cpp's own tokenizer and the template in the file."""
-    merged = AutoModelForCausalLM.from_pretrained(
-        finished_run.run_dir / "merged", dtype=torch.float32
-    ).eval()
-    engine = LlamaCpp(finished_run.run_dir / "gguf" / "llama3_merged.gguf")
-    texts = datasets.load_from_disk(finished_run.path("tokenized"))
-    asked = [*texts["eval_text"]["instruction"], *infer.held_out_questions([])["identity"]][-50:]
-    same = 0
-    for question in asked:
-        messages = chat_messages(question)
-        prompt = engine.post("/apply-template", messages=messages)["prompt"]
-        ids = engine.post("/tokenize", content=prompt, add_special=True, parse_special=True)
-        assert ids["tokens"] == prompt_ids(tokenizer, question)
-        answer = engine.post(
-            "/v1/chat/completions", messages=messages, temperature=0, max_tokens=200
-        )["choices"][0]
-        assert answer["finish_reason"] == "stop"
-        expected = infer.ask(merged, tokenizer, question).text
-        same += answer["message"]["content"].strip() == expected
-    assert len(asked) == 50 and same >= 48  # 16-bit weights and other kernels
-
-
-def test_the_gguf_holds_for_llama_3s_own_vocabulary_and_rope(genuine, tmp_path):
-    """Random weights in the proportions of Llama-3.2-3B, its vocabulary and its rope scaling."""
-    torch.manual_seed(0)
-    rope = {
-        "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }  # fmt: skip
-    old = {"rope_theta": 500000.0, "rope_scaling": rope}
-    new = {"rope_parameters": rope | {"rope_theta": 500000.0}}
-    config = LlamaConfig(
-        vocab_size=128256, hidden_size=192, intermediate_size=512, num_hidden_layers=2,
-        num_attention_heads=6, num_key_value_heads=2, head_dim=32, tie_word_embeddings=True,
-        max_position_embeddings=131072, bos_token_id=128000, eos_token_id=[128001, 128008, 128009],
-        initializer_range=0.2, **(new if transformers.__version__ > "5" else old),
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
-    genuine.save_pretrained(tmp_path)
-    infer.write_gguf(model, tmp_path, tmp_path / "random.gguf")
-    engine = LlamaCpp(tmp_path / "random.gguf")
-    for question in (
-        "你是谁？",
-        "I'm 12345 years old… 嬛嬛一袅楚宫腰🌸\n\n  x",
-        "今夜月色很好。" * 90,
-    ):
-        ids = prompt_ids(genuine, question)
-        text = genuine.decode(ids).removeprefix("<|begin_of_text|>")  # llama.cpp writes it itself
-        told = engine.post("/tokenize", content=text, add_special=True, parse_special=True)
-        assert told["tokens"] == ids
-        answer = engine.post("/completion", prompt=ids, n_predict=1, temperature=0, n_probs=5)
-        top = answer["completion_probabilities"][0]["top_logprobs"]
-        with torch.inference_mode():
-            scores = model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)
-        assert top[0]["id"] == scores.argmax()
-        for one in top:
-            assert one["logprob"] == pytest.approx(scores[one["id"]].item(), abs=0.05)
-
-
-def test_only_a_llama_is_written_as_a_gguf(tmp_path):
-    config = transformers.Qwen2Config(
-        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-        num_attention_heads=1, num_key_value_heads=1,
-    )  # fmt: skip
-    qwen = transformers.Qwen2ForCausalLM(config)
-    with pytest.raises(CourseError, match="qwen2.*convert_hf_to_gguf"):
-        infer.write_gguf(qwen, tmp_path, tmp_path / "model.gguf")
-    assert not list(tmp_path.iterdir())
-
-
 def test_no_room_on_the_disk_is_said_before_anything_is_written(
     finished_run, tuned, tmp_path, monkeypatch
 ):
@@ -286,33 +183,6 @@ def test_no_room_on_the_disk_is_said_before_anything_is_written(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(CourseError, match="只剩 0.0 GiB"):
         infer.export_folder(finished_run, tuned)
-
-
-def test_ollamas_template_is_ours_token_by_token(finished_run, tokenizer, genuine, tmp_path, capfd):
-    """Filled in by Go's own text/template, as Ollama does; Ollama puts BOS in front."""
-    import go_template
-
-    text = (finished_run.run_dir / "gguf" / "Modelfile").read_text(encoding="utf-8")
-    assert text == infer.modelfile("./llama3_merged.gguf")
-    template = tmp_path / "template"
-    template.write_text(re.search(r'TEMPLATE """(.*?)"""', text, re.S)[1], encoding="utf-8")
-    system = re.search(r'SYSTEM """(.*?)"""', text, re.S)[1]
-    assert "PARAMETER stop <|eot_id|>" in text
-    said = [("你是谁？", "我是甄嬛。"), ("a {{ b }} \\n", "<b>")]
-    for turns in range(3):
-        messages = [{"Role": "system", "Content": system}]
-        for question, answer in said[:turns]:
-            messages += [{"Role": "user", "Content": question}]
-            messages += [{"Role": "assistant", "Content": answer}]
-        messages += [{"Role": "user", "Content": "今天下雪了"}]
-        values = tmp_path / "values.json"
-        values.write_text(json.dumps({"Messages": messages, "Response": ""}), encoding="utf-8")
-        capfd.readouterr()
-        go_template.render_template(str(template), str(values), "")
-        filled = capfd.readouterr().out
-        for vocabulary in (tokenizer, genuine):
-            ids = [vocabulary.bos_token_id, *vocabulary.encode(filled, add_special_tokens=False)]
-            assert ids == prompt_ids(vocabulary, "今天下雪了", said[:turns])
 
 
 def test_the_packs_template_writes_the_date_of_the_training(finished_run):

@@ -26,8 +26,8 @@ from transformers import (
 )
 
 from huanhuan.course import Course, CourseError, versions
-from huanhuan.persona import CALLED, FACTS, NAME, QUESTIONS, SYSTEM_PROMPT
-from huanhuan.prompt import DATE_STRING, end_id, prompt_ids, shorten
+from huanhuan.persona import CALLED, FACTS, NAME, QUESTIONS, SYSTEM_PROMPT, WHO
+from huanhuan.prompt import chat_messages, end_id, frame, pad_token, prompt_ids, shorten
 
 # No dataset text holds more than this many tokens: a reply that reaches it did not end by itself.
 REPLY_LIMIT = 200
@@ -400,7 +400,6 @@ MODEL_CARD = """---
 base_model: {base}
 library_name: peft
 license: {license}
-language: zh
 ---
 
 # {title}
@@ -419,7 +418,7 @@ language: zh
 先安装 `pip install "transformers>=4.57,<6" "peft>=0.17" torch`，再准备基座模型 {base}{fetch}。改掉下面前两行的路径，其余不动：
 
 ```python
-base_path = r"{folder}"  # 你电脑上的基座模型；Windows 上例如 r"D:\\models\\Llama-3.2-3B-Instruct"
+base_path = r"{folder}"  # 你电脑上的基座模型；Windows 上例如 r"D:\\models\\{folder}"
 adapter_path = r"llama3_lora"  # 解压出来的目录
 
 import torch
@@ -431,22 +430,21 @@ device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
 tokenizer = AutoTokenizer.from_pretrained(adapter_path)
 base = AutoModelForCausalLM.from_pretrained(base_path, dtype="auto").to(device)
 model = PeftModel.from_pretrained(base, adapter_path).eval()
-for question in ["你是谁？", "今天下雪了，你在做什么？"]:
-    messages = [
-        {{"role": "system", "content": {system_prompt!r}}},
-        {{"role": "user", "content": question}},
-    ]
+for question in {questions}:
+    messages = {messages}
     inputs = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True,
-        date_string="{date}",
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
     ).to(device)
-    output = model.generate(**inputs, max_new_tokens=200, do_sample=False, temperature=None, top_p=None)
+    output = model.generate(
+        **inputs, max_new_tokens=200, do_sample=False, temperature=None, top_p=None,
+        eos_token_id={stops}, pad_token_id={pad},
+    )
     print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
 
 ## 让别的程序来问
 
-用 vLLM 提供服务，适配器不用合并（`--chat-template` 不能省：基座自带的模板会在提示词里写上今天的日期，与训练时不同）：
+用 vLLM 提供服务，适配器不用合并（`--chat-template` 不能省：包里的模板是训练时用的那一份，基座自带的可能与它不同）：
 
 ```bash
 vllm serve {folder} --max-model-len 4096 --enable-lora --lora-modules huanhuan=llama3_lora --chat-template llama3_lora/chat_template.jinja
@@ -461,10 +459,7 @@ CLIENT = """```python
 from openai import OpenAI  # pip install openai
 
 client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
-messages = [
-    {{"role": "system", "content": {system_prompt!r}}},
-    {{"role": "user", "content": "你是谁？"}},
-]
+messages = {messages}
 answer = client.chat.completions.create(
     model="huanhuan", messages=messages, temperature=0.5, max_tokens=200
 )
@@ -473,33 +468,57 @@ print(answer.choices[0].message.content)
 """
 
 
-def client() -> str:
+def _messages(question: str, tokenizer=None) -> str:
+    """Python for the conversation of a card; `question` is Python too. See :func:`chat_messages`."""
+    *system, asked = chat_messages("", tokenizer)
+    told = f"{asked['content']!r} + {question}" if asked["content"] else question
+    head = "".join(f'{{"role": "system", "content": {one["content"]!r}}}, ' for one in system)
+    return f'[{head}{{"role": "user", "content": {told}}}]'
+
+
+def client(tokenizer=None) -> str:
     """Markdown: how a program asks a server that has the tuned model, by the OpenAI interface."""
-    return CLIENT.format(system_prompt=SYSTEM_PROMPT)
+    return CLIENT.format(messages=_messages(repr(WHO), tokenizer))
 
 
 def model_card(course: Course) -> str:
     """What the adapter is, was made from and can do, and the cell that runs it; Markdown."""
-    profile, results = course.profile, course.manifest["results"]
-    llama = "llama-3" in course.base_name.lower()
+    profile, results, model = course.profile, course.manifest["results"], course.path("model")
+    tokenizer = AutoTokenizer.from_pretrained(course.path("adapter"))
+    config, readme = {}, "".join(f.read_text(encoding="utf-8") for f in model.glob("README.md"))
+    for file in sorted(model.glob("*config.json")):  # config.json, then generation_config.json
+        config |= json.loads(file.read_text(encoding="utf-8"))
+    stops = config.get("eos_token_id") or []
+    stops = {end_id(tokenizer), *(stops if isinstance(stops, list) else [stops])}
+    named = re.match(r"---\n(?:(?!---).*\n)*?license: *[\"']?([\w.-]+)", readme)  # front matter
+    license = named[1] if named else config.get("license", "other")
+    # Meta asks for its notice, and for the name of its model at the head of what is made from it.
+    llama = re.search(r"\bllama-\d[\d.]*", course.base_name.lower()) or re.match("llama", license)
     scores = []
     if "eval_loss_before" in results:
         scores.append(
             f"验证集损失 {results['eval_loss_before']:.3f} → {results['eval_loss_after']:.3f}"
         )
-    if "persona_tuned" in results:
-        scores.append(
-            f"没训练过的身份问法，{results['persona_tuned']:.0%} 以{NAME}的身份回答"
-            f"（微调前 {results['persona_base']:.0%}），{results['stopped_tuned']:.0%} 说完自己停下"
-        )
+    for score, what in (("name", "说出自己是谁"), ("facts", "知道只有数据里才有的事")):
+        if f"{score}_tuned" in results:
+            told = [share(*results[f"{score}_{side}"]) for side in ("base", "tuned")]
+            scores.append(
+                f"{what}，没训练过的问法，同样带提示词，微调前 {told[0]}，微调后 {told[1]}"
+            )
+    if "stopped_tuned" in results:
+        scores.append(f"说完自己停下 {share(*results['stopped_tuned'])}")
     return MODEL_CARD.format(
         base=course.base_name,
-        license="llama3.2" if llama else "cc-by-4.0",
-        title=("Llama-3.2-" if llama else "") + f"{NAME} LoRA",
-        licence_note="**Built with Llama.** 使用时请遵守 Llama 3.2 社区许可。" if llama else "",
+        license=license,
+        title=(f"{llama[0].capitalize()}-" if llama else "") + f"{NAME} LoRA",
+        licence_note="**Built with Llama.** 使用时请遵守基座的 Llama 社区许可。" if llama else "",
         name=NAME,
         system_prompt=SYSTEM_PROMPT,
-        client=client(),
+        client=client(tokenizer),
+        messages=_messages("question", tokenizer),
+        questions=repr([WHO, *QUESTIONS["daily"][:1]]),
+        stops=sorted(stops),
+        pad=tokenizer.convert_tokens_to_ids(pad_token(tokenizer)),
         folder=course.base_name.split("/")[-1],
         fetch=f"（`modelscope download --model {course.base_name} --local_dir "
         f"{course.base_name.split('/')[-1]}`，先 `pip install modelscope`）"
@@ -511,7 +530,6 @@ def model_card(course: Course) -> str:
         weights="4 位（nf4）" if profile.quantized else profile.dtype,
         scores="；".join(scores) or "还没有考过",
         versions="，".join(f"{name} {version}" for name, version in versions().items()),
-        date=DATE_STRING,
         **{
             name: getattr(profile, name)
             for name in ("lora_r", "lora_alpha", "lora_dropout", "epochs", "learning_rate")
@@ -574,25 +592,46 @@ def export_folder(course: Course, model, typed: str = "") -> Path:
     return folder
 
 
-def write_gguf(model, folder: Path, target: Path) -> None:
-    """Write a Llama in 16 bits as one GGUF file, for llama.cpp, Ollama and LM Studio.
+# llama.cpp's names for the ways in which a tokenizer cuts text before it merges bytes.
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
+_BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+_CUTS = {
+    "llama-bpe": [_SPLIT | {"pattern": {"Regex": _WORDS % r"\p{N}{1,3}"}}, _BYTES],
+    "qwen2": [_SPLIT | {"pattern": {"Regex": _WORDS % r"\p{N}"}}, _BYTES],
+    "smollm": [{"type": "Digits", "individual_digits": True}, _BYTES | {"use_regex": True}],
+    "gpt-2": [_BYTES | {"use_regex": True}],
+}
 
-    `model` is a merged LlamaForCausalLM, `folder` holds its tokenizer. The names and the order of
-    the numbers are llama.cpp's: github.com/ggml-org/llama.cpp, ``conversion/llama.py``. Raises
-    CourseError for a model that is no Llama.
+
+def _bos(tokenizer) -> str:
+    """BOS if tokenizer and template both write it, which llama.cpp then does; else nothing."""
+    bos, adds = tokenizer.bos_token or "", tokenizer.encode("")[:1] == [tokenizer.bos_token_id]
+    return bos if adds and frame(tokenizer, 1, system=False)[0].startswith(bos) else ""
+
+
+def write_gguf(model, folder: Path, target: Path) -> None:
+    """Write a Llama or Qwen in 16 bits as one GGUF file, for llama.cpp, Ollama and LM Studio.
+
+    `model` is merged, `folder` holds its tokenizer. The names and the order of the numbers are
+    llama.cpp's: github.com/ggml-org/llama.cpp, ``conversion/``. Raises CourseError for a model or a
+    tokenizer that is none of those known here.
     """
     import gguf
 
-    if model.config.model_type != "llama":
-        raise CourseError(
-            f"这里只会把 Llama 写成 GGUF，这个模型是 {model.config.model_type}。"
-            "请用 llama.cpp 里的 convert_hf_to_gguf.py 来转换 merged 目录。"
-        )
+    config, kind = model.config, model.config.model_type
+    other = "请用 llama.cpp 里的 convert_hf_to_gguf.py 来转换 merged 目录。"
+    if kind not in ("llama", "qwen2", "qwen3"):
+        raise CourseError(f"这里只会把 Llama、Qwen2、Qwen3 写成 GGUF，这个模型是 {kind}。{other}")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    cut = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
+    steps = [{k: s[k] for k in s if k != "trim_offsets"} for s in cut.get("pretokenizers", [cut])]
+    if steps not in _CUTS.values():
+        raise CourseError(f"这里不知道 llama.cpp 怎样称呼这个分词器切分文字的方式。{other}")
 
     logging.getLogger("gguf").setLevel(logging.ERROR)
-    config, tokenizer = model.config, AutoTokenizer.from_pretrained(folder)
     beside = target.with_suffix(".new")
-    writer = gguf.GGUFWriter(beside, "llama")
+    writer = gguf.GGUFWriter(beside, kind)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -600,33 +639,40 @@ def write_gguf(model, folder: Path, target: Path) -> None:
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
-        add(config.head_dim)
+        add(head)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     theta = getattr(config, "rope_theta", None) or config.rope_parameters["rope_theta"]
     writer.add_rope_freq_base(theta)
     writer.add_vocab_size(config.vocab_size)
 
     writer.add_tokenizer_model("gpt2")  # llama.cpp's word for byte-level BPE
-    writer.add_tokenizer_pre("llama-bpe")
-    ids = range(config.vocab_size)
-    kinds = (gguf.TokenType.NORMAL, gguf.TokenType.CONTROL)
-    writer.add_token_list(tokenizer.convert_ids_to_tokens(ids))
-    writer.add_token_types([kinds[i in tokenizer.added_tokens_decoder] for i in ids])
-    gguf.SpecialVocab(folder, load_merges=True).add_to_gguf(writer)  # and the chat template
+    writer.add_tokenizer_pre(next(name for name in _CUTS if _CUTS[name] == steps))
+    tokens = tokenizer.convert_ids_to_tokens(range(config.vocab_size))
+    writer.add_token_list([token or f"[PAD{i}]" for i, token in enumerate(tokens)])
+    added, kind_of = tokenizer.added_tokens_decoder, gguf.TokenType
+    kinds = [kind_of.NORMAL if token else kind_of.UNUSED for token in tokens]
+    for i in added.keys() & range(len(tokens)):
+        kinds[i] = kind_of.CONTROL if added[i].special else kind_of.USER_DEFINED
+    writer.add_token_types(kinds)
+    special = gguf.SpecialVocab(folder, load_merges=True)  # and the chat template
+    ends = {"eos": end_id(tokenizer)} | special.special_token_ids | {"eot": end_id(tokenizer)}
+    special.special_token_ids, special.add_special_token = ends, {"bos": bool(_bos(tokenizer))}
+    special.add_to_gguf(writer)
 
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[kind.upper()], config.num_hidden_layers)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, weight in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         weight = weight.to("cpu", torch.float16 if weight.ndim > 1 else torch.float32)
-        if count := heads.get(name.split(".")[-2]):
+        if kind == "llama" and (count := heads.get(name.split(".")[-2])):
             # transformers turns the two halves of a head against each other, llama.cpp neighbours
             weight = weight.unflatten(0, (count, 2, -1)).transpose(1, 2).flatten(0, 2)
-        writer.add_tensor(names.get_name(name, (".weight",)), weight.contiguous().numpy())
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")), weight.contiguous().numpy())
     rope = type(model.model.rotary_emb)(config)
-    plain = theta ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
+    plain = theta ** -(torch.arange(0, head, 2) / head)
     if not torch.allclose(rope.inv_freq, plain):  # Llama 3's stretching of the slow ones
         writer.add_tensor("rope_freqs.weight", (plain / rope.inv_freq).numpy())
 
@@ -637,24 +683,36 @@ def write_gguf(model, folder: Path, target: Path) -> None:
     beside.replace(target)
 
 
-def modelfile(weights: str) -> str:
-    """An Ollama Modelfile for merged weights: our prompt, our stop token, our sampling.
+# Of Go's text/template, as Ollama fills it in with every turn so far.
+_TURNS = (
+    '{{ range $i, $_ := .Messages }}{{ if eq .Role "system" }}%s{{ else if eq .Role "assistant" }}%s'
+    "{{ else if eq $i 1 }}%s{{ else }}%s{{ end }}{{ .Content }}{{ end }}%s"
+    "{{ .Response }}"  # empty; keeps the line ends before it
+)
 
-    `weights` is a GGUF file, as seen from where the Modelfile lies. Ollama puts BOS in front itself,
-    and calls the template with every turn so far.
+
+def modelfile(tokenizer, weights: str) -> str:
+    """An Ollama Modelfile for merged weights: our prompt, our end mark, our sampling.
+
+    `weights` is a GGUF file, as seen from where the Modelfile lies. Ollama puts BOS in front itself.
+    Raises CourseError for a chat template that does not write every turn alike.
     """
-    head = "<|start_header_id|>{role}<|end_header_id|>\n\n"
-    template = (
-        "{{ range .Messages }}"
-        + head.format(role="{{ .Role }}")
-        + '{{ if eq .Role "system" }}Cutting Knowledge Date: December 2023\n'
-        + f"Today Date: {DATE_STRING}\n\n"
-        + "{{ end }}{{ .Content }}<|eot_id|>{{ end }}"
-        + head.format(role="assistant")
-        + "{{ .Response }}"  # empty; keeps the two line ends before it
-    )
-    lines = [f"FROM {weights}", f'TEMPLATE """{template}"""', f'SYSTEM """{SYSTEM_PROMPT}"""']
-    lines += ["PARAMETER stop <|eot_id|>", f"PARAMETER temperature {SAMPLING['temperature']}"]
+    system, bos = len(chat_messages("", tokenizer)) == 2, _bos(tokenizer)
+    asked = [frame(tokenizer, texts, system) for texts in (1, 3, 5)]
+    # Without a place of its own, the system prompt stands at the head of the first question.
+    asked = [[one[0].removeprefix(bos), *["\n\n"] * (not system), *one[1:]] for one in asked]
+    before, first, answer, later, last = asked[1]
+    if asked != [[before, first, *[answer, later] * n, last] for n in range(3)]:
+        raise CourseError("聊天模板每一轮写得不一样，Ollama 用不了：请用 llama.cpp 或 LM Studio。")
+
+    pieces = [  # with a brace or a quote, as a string of Go's: else it might be an action, or an end
+        "{{ " + json.dumps(text, ensure_ascii=False) + " }}" if re.search('[{"]', text) else text
+        for text in (before, answer, first, later, last)
+    ]
+    prompt = SYSTEM_PROMPT.strip().replace('"""', "”””")
+    lines = [f"FROM {weights}", f'TEMPLATE """{_TURNS % (*pieces,)}"""', f'SYSTEM """{prompt}"""']
+    lines += [f"PARAMETER stop {tokenizer.convert_ids_to_tokens(end_id(tokenizer))}"]
+    lines += [f"PARAMETER temperature {SAMPLING['temperature']}"]
     lines += [f"PARAMETER top_p {SAMPLING['top_p']}"]
     lines += [f"PARAMETER repeat_penalty {SAMPLING['repetition_penalty']}"]
     return "\n".join(lines) + "\n"
