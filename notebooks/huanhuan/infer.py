@@ -182,6 +182,26 @@ def share(right: int, asked: int) -> str:
     return f"{right} / {asked}（{low:.0%} – {high:.0%}）"
 
 
+def verdict(scores: dict[str, dict[str, tuple[int, int]]]) -> str:
+    """What the tallies of ``name`` and ``facts`` say about prompt and tuning, in a sentence or two."""
+    (named, asked), (tuned, _) = scores["name"]["base"], scores["name"]["tuned"]
+    if 2 * named >= asked:
+        said = (
+            f"还没训练，带上提示词就有 {named} / {asked} 说出名字：名字是提示词给的，不是微调教的。"
+        )
+    else:
+        said = f"还没训练，带上提示词也只有 {named} / {asked} 说出名字：这个模型不大听提示词，微调后是 {tuned} / {asked}。"
+    (knew, of), (knows, _) = scores["facts"]["base"], scores["facts"]["tuned"]
+    if of:
+        said += f"\n只有数据里才有的事，微调前答对 {knew} / {of}，微调后 {knows} / {of}"
+        said += (
+            "：这才是微调教会的。"
+            if 2 * knows > of
+            else "：没学会多少，可能是模型太小，或者学习率太小、步数太少。"
+        )
+    return said
+
+
 def held_out_questions(trained_on: list[str]) -> dict[str, list[str]]:
     """The exam's questions that are not in the training data: ``{"identity": […], "daily": […]}``.
 
