@@ -196,9 +196,10 @@ def test_the_gguf_holds_for_random_weights_and_genuine_vocabularies(name, shape,
     llama = name.startswith("llama")
     assert pre == ("llama-bpe" if llama else "qwen2") and bos is llama
     assert len(tokens) == len(kinds) == len({*tokens}) == shape["vocab_size"]
+    known = len(tokenizer)
+    assert tokens[:known] == tokenizer.convert_ids_to_tokens(range(known))
     added = {i: 3 if token.special else 4 for i, token in tokenizer.added_tokens_decoder.items()}
-    assert kinds == [added.get(i, 1 if i < len(tokenizer) else 5) for i in range(len(kinds))]
-    assert tokens[: len(tokenizer)] == tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    assert kinds == [added.get(i, 1 if i < known else 5) for i in range(len(kinds))]
     apart = same_as_llama_cpp(model, tokenizer, LlamaCpp(file), QUESTIONS)
     print(f"log-probabilities of the next token apart by {apart:.1e}")
     assert apart < 0.05
