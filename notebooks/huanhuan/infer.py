@@ -511,7 +511,7 @@ def model_card(course: Course) -> str:
     stops = config.get("eos_token_id") or []
     stops = {end_id(tokenizer), *(stops if isinstance(stops, list) else [stops])}
     named = re.match(r"---\n(?:(?!---).*\n)*?license: *[\"']?([\w.-]+)", readme)  # front matter
-    license = named[1] if named else config.get("license", "other")
+    license = named[1] if named else (config.get("license") or "other")
     # Meta asks for its notice, and for the name of its model at the head of what is made from it.
     llama = re.search(r"\bllama-\d[\d.]*", course.base_name.lower()) or re.match("llama", license)
     scores = []
