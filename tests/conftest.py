@@ -1,6 +1,5 @@
 """One run directory for the whole session: the notebooks (nbmake) fill it, the tests read it."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -109,10 +108,6 @@ def smollm2_folder() -> Path:
     folder = ROOT / ".cache" / "smollm2"
     folder.parent.mkdir(exist_ok=True)
     subprocess.run([sys.executable, ROOT / "data" / "make_smollm2.py", folder], check=True)
-    # transformers 5 writes a tokenizer class that 4.x does not know; this name both can read.
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(config | {"tokenizer_class": "PreTrainedTokenizerFast"}))
     return folder
 
 

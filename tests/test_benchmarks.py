@@ -74,7 +74,9 @@ def test_notebook_03_shows_the_rates_that_were_measured():
     """A rate too small teaches nothing; one that fits teaches what only the data tells."""
     import rates
 
-    records = json.loads((ROOT / "tests/benchmarks/results/rates.json").read_text("utf-8"))["records"]
+    records = json.loads((ROOT / "tests/benchmarks/results/rates.json").read_text("utf-8"))[
+        "records"
+    ]
     book = json.loads((ROOT / "notebooks" / "03_train_lora.ipynb").read_text(encoding="utf-8"))
     assert any(rates.table(records) in "".join(cell["source"]) for cell in book["cells"])
     best = max(records, key=lambda one: one["facts"][0])

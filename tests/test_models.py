@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -452,3 +455,48 @@ def test_a_real_model_says_the_name_by_its_prompt_and_learns_the_facts_by_tuning
     assert all(book["peak_memory_gib"] <= 4 for book in manifest["notebooks"].values())
     card = (run / "llama3_lora" / "README.md").read_text(encoding="utf-8")
     assert "license: apache-2.0" in card and "Llama" not in card
+
+
+SEEN = """
+    import sys
+    sys.path[:0] = [{tests!r}, {notebooks!r}]
+    from test_models import *
+    from peft import LoraConfig, get_peft_model
+    from huanhuan.course import Profile, peak_memory_gib
+
+    dtype, folder = getattr(torch, sys.argv[1]), sys.argv[2]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = json.loads((ROOT / "data" / "english_sample.json").read_text("utf-8"))[:64]
+    process_func = notebook_process_func(tokenizer, 384)
+    rows = Dataset.from_list([process_func(text) for text in texts])
+    profile, split = Profile("cpu-small", "", "cpu", sys.argv[1]), train.Split(16)
+    needs = {{split: train.estimate_memory(AutoConfig.from_pretrained(folder), profile, rows, split)}}
+    train.spare_memory(profile, needs, free=0.0)
+    held = train.memory_held(profile)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    lora = LoraConfig(task_type="CAUSAL_LM", r=8, lora_dropout=0.1, target_modules=train.SEVEN)
+    model = get_peft_model(model, lora).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    batch = train.SharedPrefixCollator(dtype)(train._fullest(rows, 16))
+    for _ in range(3):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
+            loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    print("GiB", peak_memory_gib() - held, sum(needs[split].values()))
+"""
+
+
+@pytest.mark.newest
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_where_memory_is_short_the_process_holds_what_was_estimated(dtype):
+    """Resident memory of a real model's training steps, within 10 %."""
+    code = textwrap.dedent(SEEN).format(tests=str(ROOT / "tests"), notebooks=str(NOTEBOOKS))
+    done = subprocess.run(
+        [sys.executable, "-c", code, dtype, smollm2_folder()], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen, estimated = map(float, done.stdout.split("GiB")[1].split())
+    print(f"{dtype}: seen {seen:.2f} GiB, estimated {estimated:.2f}")
+    assert seen == pytest.approx(estimated, rel=0.1)

@@ -22,7 +22,8 @@ DATE_STRING = "26 Jul 2024"
 _DATE = datetime.strptime(DATE_STRING, "%d %b %Y")
 _CLOCK = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 
-_SLOT = "\ue000"  # a private-use character: stands where a text goes while the template is rendered
+# Private-use characters, one a text: they stand where it goes while the template is rendered.
+_SLOTS = [chr(0xE000 + place) for place in range(6000)]
 _THINKING = re.compile(r"<(think|thinking|thought|reasoning)>(?!.*</\1>)", re.S)
 
 
@@ -80,19 +81,22 @@ def _rendered(tokenizer, messages: list[dict[str, str]]) -> str:
 def _takes_system(tokenizer, template) -> bool:
     """Whether the template has a place for the system prompt. `template`: part of the cache's key."""
     try:
-        return _rendered(tokenizer, _messages([_SLOT], _SLOT)).count(_SLOT) == 2
+        rendered = _rendered(tokenizer, _messages(_SLOTS[1:2], _SLOTS[0]))
+        return all(rendered.count(slot) == 1 for slot in _SLOTS[:2])
     except TemplateError:
         return False
 
 
 @lru_cache(maxsize=64)
-def _frame(tokenizer, template, texts: int, system: bool) -> list[str]:
-    """What the template writes around that many texts (question, answer, question …): one more piece.
+def _frame(tokenizer, template, texts: int, system: bool) -> tuple[list[str], list[int]]:
+    """What the template writes around that many texts (question, answer …), and their order in it.
 
-    With `system` one text more, before the others.
+    With `system` one text more, before the others; some templates put it into the last question.
     """
-    rendered = _rendered(tokenizer, _messages([_SLOT] * texts, _SLOT if system else None))
-    return rendered.split(_SLOT)
+    slots = _SLOTS[: texts + system]
+    messages = _messages(slots[system:], slots[0] if system else None)
+    pieces = re.split(f"([{slots[0]}-{slots[-1]}])", _rendered(tokenizer, messages))
+    return pieces[::2], [slots.index(slot) for slot in pieces[1::2]]
 
 
 def frame(tokenizer, texts: int, system: bool = True) -> list[str]:
@@ -101,7 +105,7 @@ def frame(tokenizer, texts: int, system: bool = True) -> list[str]:
     The texts are a question, its answer, the next question …, and before them the system prompt,
     unless `system` is False. One piece more than there are texts.
     """
-    return list(_frame(tokenizer, tokenizer.chat_template, texts, system))
+    return list(_frame(tokenizer, tokenizer.chat_template, texts, system)[0])
 
 
 @lru_cache(maxsize=8)
@@ -163,7 +167,8 @@ def prompt_ids(
             texts = [system.strip(), *texts]
         else:
             texts[0], system = f"{system.strip()}\n\n{texts[0]}".strip(), None
-    pieces = _frame(tokenizer, template, 2 * len(turns) + 1, system is not None)
+    pieces, order = _frame(tokenizer, template, 2 * len(turns) + 1, system is not None)
+    texts = [texts[place] for place in order]
     whole = pieces[0] + "".join(text + after for text, after in zip(texts, pieces[1:], strict=True))
     ids, control = _encode(tokenizer, whole), _control(tokenizer)
     expected = [i for i in _encode(tokenizer, "".join(pieces)) if i in control]
@@ -258,12 +263,12 @@ def check_template(tokenizer) -> None:
         raise CourseError("这是基座模型，没有聊天模板：请改用名字里带 Instruct 或 Chat 的那一个。")
     try:
         written = frame(tokenizer, 1, system=False)[-1]
-        whole = frame(tokenizer, 3, system=False)
+        order = _frame(tokenizer, tokenizer.chat_template, 3, False)[1]
     except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
         raise CourseError(
             f"这个模型的聊天模板用不了（{error}）：请换一个对话（Instruct）模型。"
         ) from None
-    if len(whole) != 4:
+    if order != [0, 1, 2]:
         raise CourseError("这个模型的聊天模板不照原样写出对话：请换一个对话（Instruct）模型。")
     if _THINKING.search(written):
         raise CourseError(
