@@ -112,10 +112,25 @@ BUBBLE = 395
 
 
 def four_answers(run_dir: Path) -> str:
-    """Prompt × tuning, from a finished run: who she is, and the first two facts of her data."""
+    """Prompt × tuning, from a finished run: a question after the name, and the first two facts.
+
+    The question after the name is the first that the untrained model answers with it when it has the
+    prompt; if there is none, the first of all. What is too long ends in ……
+    """
     answers = json.loads((run_dir / "answers.json").read_text(encoding="utf-8"))
     manifest = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))
-    asked = [answers[0]["question"], *(fact["ask"][0] for fact in manifest["persona"]["facts"][:2])]
+    persona = manifest["persona"]
+    questions = IMGS.parent / "data" / persona.get("questions", "heldout_questions.json")
+    identity = json.loads(questions.read_text(encoding="utf-8"))["identity"]
+    named = (
+        a
+        for a in answers
+        if a["question"] in identity and any(n in a["base"] for n in persona["called"])
+    )
+    asked = [
+        next(named, answers[0])["question"],
+        *(fact["ask"][0] for fact in persona["facts"][:2]),
+    ]
     shown = {answer["question"]: answer for answer in answers if answer["question"] in asked}
     parts, y = [], 34
     for column, label in enumerate(("微调前", "微调后")):
@@ -125,7 +140,7 @@ def four_answers(run_dir: Path) -> str:
         parts.append(text(16, y, question, 17))
         for row, label in enumerate(("没有提示词", "有提示词")):
             lines = {
-                side: wrap(shown[question][side], 46)[:4]
+                side: shortened(wrap(shown[question][side], 46))
                 for side, place in SIDES.items()
                 if place[0] == row
             }
@@ -153,6 +168,10 @@ def four_answers(run_dir: Path) -> str:
         )
         y += 26
     return svg(874, y, "同一个问题的四个回答：提示词 × 微调", *parts)
+
+
+def shortened(lines: list[str]) -> list[str]:
+    return lines if len(lines) <= 4 else [*lines[:3], lines[3].rstrip() + " ……"]
 
 
 def wrap(words: str, width: int) -> list[str]:
