@@ -72,13 +72,11 @@ def test_the_readme_quotes_what_was_measured():
 
 def test_notebook_03_shows_the_rates_that_were_measured():
     """A rate too small teaches nothing; one that fits teaches what only the data tells."""
-    import rates
+    import report
 
-    records = json.loads((ROOT / "tests/benchmarks/results/rates.json").read_text("utf-8"))[
-        "records"
-    ]
+    records = report.results("rates")["records"]
     book = json.loads((ROOT / "notebooks" / "03_train_lora.ipynb").read_text(encoding="utf-8"))
-    assert any(rates.table(records) in "".join(cell["source"]) for cell in book["cells"])
+    assert any(report.rates_table(records) in "".join(cell["source"]) for cell in book["cells"])
     best = max(records, key=lambda one: one["facts"][0])
     assert records[0]["facts"][0] == records[1]["facts"][0] == 0 and records[1]["rate"] == 1e-4
     assert best["facts"][0] >= 0.85 * best["facts"][1]

@@ -608,7 +608,7 @@ AGREE = """
 
     rank = int(os.environ["RANK"])
     likes = [8, 2][rank]
-    train._step_seconds = lambda model, rows, split, profile: abs(split.micro_batch - likes) + 1.0
+    train._step_seconds = lambda model, rows, split, profile, collator: abs(split.micro_batch - likes) + 1.0
     model = lora(random_llama())
     candidates = [train.Split(8), train.Split(4), train.Split(2)]
     rows = Dataset.from_list(dialogues(20))

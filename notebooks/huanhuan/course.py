@@ -51,7 +51,7 @@ class Profile:
     revision: str = "master"
     quantized: bool = False  # the frozen weights in 4 bits instead (bitsandbytes)
     max_length: int = 384  # tokens
-    max_rows: int | None = None  # of the training rows, drawn at random; None: all
+    max_rows: int | None = None  # of the training rows, the first so many; None: all
     micro_batch: int | None = None  # rows a forward pass, of ROWS_PER_STEP; None: 03 measures
     epochs: int = 3
     learning_rate: float = 1e-4
@@ -77,7 +77,9 @@ PROFILES = {
         "cpu-tiny", str(DATA / "tiny_llama"), "cpu", "float32", micro_batch=8, learning_rate=5e-3
     ),
     # Small real models learn nothing of the data at the 3B's rate (tests/benchmarks/rates.py).
-    "cpu-small": Profile("cpu-small", _QWEN.format("0.5B"), "cpu", "float32", learning_rate=5e-4),
+    "cpu-small": Profile(
+        "cpu-small", _QWEN.format("0.5B"), "cpu", "float32", epochs=2, learning_rate=5e-4
+    ),
     "mac": Profile("mac", _QWEN.format("1.5B"), "mps", "bfloat16", learning_rate=5e-4),
     "gpu-4bit": Profile("gpu-4bit", _LLAMA, "cuda", "bfloat16", quantized=True),
     "gpu-fp16": Profile("gpu-fp16", _LLAMA, "cuda", "float16"),

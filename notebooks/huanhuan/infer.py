@@ -124,8 +124,12 @@ def four_answers(model, tokenizer, questions: list[str], which=FOUR, **generate)
 
 _CLAUSE = re.compile(r"[^，。！？；,.!?;\n…—]+[？?]?")
 _SELF = re.compile(
-    r"我|臣妾|嫔妾|妾|本宫|奴|小女|在下|老朽|姓|名|叫|唤|称|^(便?是|就是)?$|\b(i|i'm|my|me|name|called?)\b"
+    r"我|臣妾|嫔妾|妾|本宫|奴|小女|在下|老朽|姓|名|叫|唤|称|^(便?是|就是)$|\b(i|i'm|my|me|name|called?)\b"
 )
+_CALL_ME = re.compile(r"[叫唤称]我.{0,3}$")  # before the name; whoever is to do it
+_ALONE = re.compile(
+    r"$|在此|见过|便是|就是|给|向|拜|参|谢"
+)  # after a name that a clause begins with
 _OTHER = re.compile(r"[不非没]|你|您|\b(not|never|you|your|you're|isn't)\b|n't")
 _MACHINE = re.compile(r"助手|机器人|人工智能|语言模型|\bai\b|assistant|language model|chatbot")
 
@@ -143,8 +147,12 @@ def in_persona(answer: str) -> bool:
     for clause in clauses:
         for name in map(str.lower, CALLED):
             before, found, after = clause.partition(name)
-            asked = after.endswith(("?", "？", "吧", "吗")) or "吗" in after
-            if found and _SELF.search(before.strip()) and not _OTHER.search(before) and not asked:
+            if not found or after.endswith(("?", "？")):
+                continue
+            if _CALL_ME.search(before) or (not before and _ALONE.match(after)):
+                return True
+            asked = after.endswith(("吧", "吗", "么"))
+            if _SELF.search(before.strip()) and not _OTHER.search(before) and not asked:
                 return True
     return False
 

@@ -39,7 +39,11 @@ def chat_messages(question: str, tokenizer=None) -> list[dict[str, str]]:
 def _messages(texts: Sequence[str], system: str | None, tokenizer=None) -> list[dict[str, str]]:
     """Question, answer, question … as messages, after the system prompt where there is one."""
     head = [{"role": "system", "content": system}] if system is not None else []
-    if head and tokenizer is not None and not _takes_system(tokenizer, tokenizer.chat_template):
+    if (
+        head
+        and tokenizer is not None
+        and not _takes_system(tokenizer, tokenizer.get_chat_template())
+    ):
         head, texts = [], [f"{system}\n\n{texts[0]}", *texts[1:]]
     turns = [
         {"role": ("user", "assistant")[place % 2], "content": text}
@@ -105,7 +109,7 @@ def frame(tokenizer, texts: int, system: bool = True) -> list[str]:
     The texts are a question, its answer, the next question …, and before them the system prompt,
     unless `system` is False. One piece more than there are texts.
     """
-    return list(_frame(tokenizer, tokenizer.chat_template, texts, system)[0])
+    return list(_frame(tokenizer, tokenizer.get_chat_template(), texts, system)[0])
 
 
 @lru_cache(maxsize=8)
@@ -161,7 +165,7 @@ def prompt_ids(
     types stays text (:func:`text_ids`).
     """
     texts = [text.strip() for turn in turns for text in turn] + [question.strip()]
-    template = tokenizer.chat_template
+    template = tokenizer.get_chat_template()
     if system is not None:
         if _takes_system(tokenizer, template):
             texts = [system.strip(), *texts]
@@ -263,7 +267,7 @@ def check_template(tokenizer) -> None:
         raise CourseError("这是基座模型，没有聊天模板：请改用名字里带 Instruct 或 Chat 的那一个。")
     try:
         written = frame(tokenizer, 1, system=False)[-1]
-        order = _frame(tokenizer, tokenizer.chat_template, 3, False)[1]
+        order = _frame(tokenizer, tokenizer.get_chat_template(), 3, False)[1]
     except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
         raise CourseError(
             f"这个模型的聊天模板用不了（{error}）：请换一个对话（Instruct）模型。"

@@ -157,7 +157,7 @@ def local_folder(model: str) -> str | None:
     A hub id has two parts, ``owner/name``. Raises CourseError for what is neither.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
+    if model and path.is_dir():
         return str(path.resolve())
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
         raise CourseError(

@@ -272,7 +272,9 @@ def estimate_memory(
     What autograd keeps for the backward pass is counted on a forward pass with tensors that have
     shapes and no content. One layer is added for what the backward pass itself needs.
     """
-    dtype, text = getattr(torch, profile.dtype), config.get_text_config()
+    # bfloat16 stands for float16 too: it is as large, and a CPU computes in it as a GPU does
+    dtype = torch.float32 if profile.dtype == "float32" else torch.bfloat16
+    text = config.get_text_config()
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     head = model.get_output_embeddings()
@@ -325,7 +327,10 @@ def _kept_for_backward(model, batch: dict, dtype: torch.dtype, vocabulary: int) 
             name: torch.empty(p.shape, dtype=p.dtype, requires_grad=p.requires_grad)
             for name, p in [*model.named_parameters(), *model.named_buffers()]
         }
-        batch = {name: mode.from_tensor(value) for name, value in batch.items()}
+        batch = {
+            name: mode.from_tensor(value.to(dtype) if value.is_floating_point() else value)
+            for name, value in batch.items()
+        }
         own = {tensor.untyped_storage()._cdata for tensor in held.values()}
 
         def look(tensor):
@@ -524,6 +529,7 @@ class CourseTrainer(transformers.Trainer):
 
     def __init__(self, *, args, train_dataset, **others):
         args.ddp_find_unused_parameters = False  # the adapter's are all used
+        args.disable_tqdm = True  # Progress says how far it is, a line at a time
         super().__init__(args=args, train_dataset=_fill_last_step(train_dataset), **others)
         self.remove_callback(transformers.PrinterCallback)
         self.add_callback(Progress())

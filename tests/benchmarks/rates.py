@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT / "notebooks"))
 import torch  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
+from report import rates_table  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -102,25 +103,10 @@ def main() -> None:
         }  # fmt: skip
         records.append(record | measure(model.eval(), tokenizer))
         print(records[-1], flush=True)
-    print(table(records))
+    print(rates_table(records))
     if options.out:
         content = {"machine": machine(), "versions": versions(), "records": records}
         options.out.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
-
-
-def table(records: list[dict]) -> str:
-    """The records as the Markdown table that stands in notebook 03."""
-    lines = [
-        "| 学习率 | 轮数（步数） | 验证集损失 | 数据里的事，答对 | 普通问题，答对 |",
-        "|---|---|---|---|---|",
-    ]
-    for one in records:
-        recipe = f"{one['rate']:.0e} | {one['epochs']}（{one['steps']}）".replace("e-0", "e-")
-        if not one["steps"]:
-            recipe = "没有训练 | 0"
-        told, plain = (infer.share(*one[name]) for name in ("facts", "general"))
-        lines.append(f"| {recipe} | {one['loss']:.2f} | {told} | {plain} |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

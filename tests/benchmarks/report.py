@@ -44,6 +44,23 @@ def best_of_each(recipes: dict) -> list[tuple[str, str, dict]]:
     return rows
 
 
+def rates_table(records: list[dict]) -> str:
+    """The records of rates.json as the Markdown table that stands in notebook 03."""
+    from huanhuan.infer import share
+
+    lines = [
+        "| 学习率 | 轮数（步数） | 验证集损失 | 数据里的事，答对 | 普通问题，答对 |",
+        "|---|---|---|---|---|",
+    ]
+    for one in records:
+        recipe = f"{one['rate']:.0e} | {one['epochs']}（{one['steps']}）".replace("e-0", "e-")
+        if not one["steps"]:
+            recipe = "没有训练 | 0"
+        told, plain = (share(*one[name]) for name in ("facts", "general"))
+        lines.append(f"| {recipe} | {one['loss']:.2f} | {told} | {plain} |")
+    return "\n".join(lines)
+
+
 def tables() -> str:
     """Markdown for the README."""
     step, growth, asking = results("step"), results("growth"), results("asking")
