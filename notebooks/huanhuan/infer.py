@@ -194,9 +194,7 @@ def verdict(scores: dict[str, dict[str, tuple[int, int]]]) -> str:
     """What the tallies of ``name`` and ``facts`` say about prompt and tuning, in a sentence or two."""
     (named, asked), (tuned, _) = scores["name"]["base"], scores["name"]["tuned"]
     if 2 * named >= asked:
-        said = (
-            f"还没训练，带上提示词就有 {named} / {asked} 说出名字：名字是提示词给的，不是微调教的。"
-        )
+        said = f"还没训练，带上提示词就有 {named} / {asked} 说出名字（微调后 {tuned} / {asked}）：会说名字，不等于微调教会了什么。"
     else:
         said = f"还没训练，带上提示词也只有 {named} / {asked} 说出名字：这个模型不大听提示词，微调后是 {tuned} / {asked}。"
     (knew, of), (knows, _) = scores["facts"]["base"], scores["facts"]["tuned"]
