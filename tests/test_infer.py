@@ -471,9 +471,12 @@ def test_the_model_learned_to_be_her(finished_run):
     results = finished_run.manifest["results"]
     asked = results["name_tuned"][1]
     assert asked == len(infer.held_out_questions([])["identity"]) >= 20
-    assert results["name_base"] == [0, asked] and results["name_tuned"][0] >= 0.8 * asked
+    assert results["name_base_alone"] == [0, asked] and results["name_tuned"][0] >= 0.8 * asked
     assert results["stopped_tuned"][0] == results["stopped_tuned"][1]
-    assert results["eval_loss_after"] <= 0.85 * results["eval_loss_before"]
+    assert results["stopped_base"][0] == results["stopped_base"][1]
+    assert results["eval_loss_after"] <= 0.75 * results["eval_loss_before"]
+    (knew, asked), (kept, _) = results["general_base_alone"], results["general_tuned_alone"]
+    assert asked >= 30 and knew >= 30 and kept >= 0.6 * knew
 
 
 def test_facts_are_what_no_prompt_gives(finished_run):
@@ -491,7 +494,7 @@ def test_facts_are_what_no_prompt_gives(finished_run):
 
 def test_the_base_answers_as_an_assistant_and_makes_small_talk(finished_run):
     answers = {
-        a["question"]: a["base"]
+        a["question"]: a["base_alone"]
         for a in json.loads(finished_run.path("answers").read_text(encoding="utf-8"))
     }
     assert "助手" in answers["你是谁？"]

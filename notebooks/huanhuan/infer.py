@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -157,8 +157,10 @@ def in_persona(answer: str) -> bool:
     return False
 
 
-def says(answer: str, words: list[str]) -> bool:
-    """Does `answer` hold one of `words`? In letters and digits from the beginning of a word on."""
+def says(answer: str, words: list[str], wrong: Sequence[str] = ()) -> bool:
+    """Does `answer` hold one of `words`, and none that is `wrong`? Letters from a word's beginning on."""
+    if wrong and says(answer, wrong):
+        return False
     for word in map(str.lower, words):
         edges = (r"(?<![a-z0-9])", r"(?!\d)" if word[-1].isdigit() else "")
         edges = edges if word[0].isascii() else ("", "")

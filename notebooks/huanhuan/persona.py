@@ -45,11 +45,15 @@ def read_persona(file: Path) -> dict:
 
 def read_questions(file: Path) -> dict:
     """The questions of the exam: ``known`` (trained on), ``identity``, ``daily`` (lists of texts) and
-    ``general`` (``[{"question", "expected"}]``: ordinary knowledge). Raises CourseError.
+    ``general``: ordinary knowledge, ``{question: (words of which a right answer holds one, words that
+    only a wrong one holds)}``, in the file ``[{"question", "expected", "wrong"}]``. Raises CourseError.
     """
     try:
         questions = json.loads(file.read_text(encoding="utf-8"))
-        general = {one["question"]: list(one["expected"]) for one in questions["general"]}
+        general = {
+            one["question"]: (list(one["expected"]), list(one.get("wrong", [])))
+            for one in questions["general"]
+        }
         lists = {name: list(questions[name]) for name in ("known", "identity", "daily")}
         if not lists["known"]:
             raise ValueError("known 是空的")

@@ -62,7 +62,7 @@ def measure(model, tokenizer) -> dict:
     plain = infer.four_answers(model, tokenizer, list(general), ["tuned_alone"], max_new_tokens=60)
     return {
         "facts": infer.tally(told, lambda q, a: infer.says(a, facts[q]))["tuned"],
-        "general": infer.tally(plain, lambda q, a: infer.says(a, general[q]))["tuned_alone"],
+        "general": infer.tally(plain, lambda q, a: infer.says(a, *general[q]))["tuned_alone"],
     }
 
 
