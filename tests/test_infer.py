@@ -364,7 +364,7 @@ def test_base_and_tuned_and_a_conversation_saved_as_a_dataset(tuned, tokenizer, 
     assert tuned_says == infer.ask(tuned, tokenizer, "你是谁？").text
     chat.new()
     chat.tuned = False
-    assert "助手" in list(chat.say("你是谁？", **greedy))[-1]
+    assert list(chat.say("你是谁？", **greedy))[-1] != tuned_says
     first, second = chat.save(), chat.save()
     assert first != second
     list(chat.say("今天下雪了", **greedy))
