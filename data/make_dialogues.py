@@ -12,11 +12,15 @@ import argparse
 import json
 import random
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 DATA = Path(__file__).parent
+sys.path.insert(0, str(DATA.parent / "notebooks"))
+from huanhuan.preprocess import normalised  # noqa: E402
+
 PIECES = DATA / "dialogues"
 READING = DATA.parent / "tests" / "reading" / "questions.json"
 NAMES = ("名", "人")  # slots that are no tables: the role's name, the asker's
@@ -262,11 +266,6 @@ def made_up_name(rng: random.Random, characters: Sequence[str] = COMMON) -> str:
     return rng.choice(SURNAMES) + rng.choice(
         ("先生", "姑娘", "掌柜", "嬷嬷", "大夫", "将军", "夫人", "师傅")
     )
-
-
-def normalised(text: str) -> str:
-    """`text` without marks and spaces, as notebook 02 compares questions."""
-    return re.sub(r"[\W_]+", "", text).lower()
 
 
 def held_out() -> set[str]:

@@ -161,17 +161,8 @@ def encode(tokenizer, drawn: list[dict], rng: random.Random) -> list[tuple[list[
 
     texts, taught = [], []
     for one in drawn:
-        parts = [
-            (
-                SPECIAL[0]
-                + header("system")
-                + FRAME
-                + f"{DATE_STRING}\n\n"
-                + one["system"]
-                + "<|eot_id|>",
-                False,
-            )
-        ]
+        frame = SPECIAL[0] + header("system") + FRAME + f"{DATE_STRING}\n\n"
+        parts = [(frame + one["system"] + "<|eot_id|>", False)]
         both = rng.random() < QUESTIONS_TAUGHT
         for question, answer in one["turns"]:
             parts += [(header("user"), False), (question + "<|eot_id|>", both)]
