@@ -27,7 +27,7 @@ from transformers import (
 
 from huanhuan.course import Course, CourseError, versions
 from huanhuan.persona import CALLED, FACTS, NAME, QUESTIONS, SYSTEM_PROMPT, WHO
-from huanhuan.prompt import chat_messages, end_id, frame, pad_token, prompt_ids, shorten
+from huanhuan.prompt import chat_messages, end_id, fit, frame, pad_token, prompt_ids
 
 # No dataset text holds more than this many tokens: a reply that reaches it did not end by itself.
 REPLY_LIMIT = 200
@@ -335,11 +335,7 @@ class Chat:
 
     def prompt(self, question: str, reply: int) -> tuple[str, list[int]]:
         """The question, shortened if need be, and the ids of the prompt, with room for the reply."""
-        room = self.context - reply
-        question = shorten(self.tokenizer, question, room)
-        turns = self.turns
-        while turns and len(prompt_ids(self.tokenizer, question, turns)) > room:
-            turns = turns[1:]
+        question, turns = fit(self.tokenizer, question, self.turns, self.context - reply)
         return question, prompt_ids(self.tokenizer, question, turns)
 
     def say(self, question: str, seed: int | None = None, **generate) -> Iterator[str]:

@@ -92,7 +92,7 @@ def main() -> None:
         )  # fmt: skip
         trainer = train.CourseTrainer(
             model=model, args=args, train_dataset=train_rows, eval_dataset=eval_rows,
-            data_collator=train.SharedPrefixCollator(),
+            data_collator=train.choose_collator(model, tokenizer, train_rows),
         )  # fmt: skip
         began = time.time()
         if epochs:

@@ -47,7 +47,7 @@ from transformers import (
 
 from huanhuan.course import machine, versions
 from huanhuan.preprocess import load_rows
-from huanhuan.train import SharedPrefixCollator
+from huanhuan.train import ROWS, SharedPrefixCollator
 
 ROWS_PER_STEP = 16
 HIDDEN = 264  # the multiple of 24 next to 256; transformers wants hidden / heads to be whole
@@ -168,6 +168,8 @@ def step(recipe: Recipe, model, rows: list[dict], folder: str) -> tuple[float, f
     clock = Clock()
     if recipe.checkpointing:
         model.enable_input_require_grads()
+    ours = isinstance(recipe.collator, SharedPrefixCollator)
+    model.set_attn_implementation(ROWS if ours else "sdpa")
     if recipe.trl is None:
         trainer = Trainer(
             model, TrainingArguments(**common), recipe.collator, rows, callbacks=[clock]
