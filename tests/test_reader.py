@@ -524,7 +524,7 @@ SHAPES = {
     "WeChat in JSON": ([{"talker": "友", "isSelf": False, "type": 1, "content": "吃了吗"}, {"talker": "友", "isSelf": True, "type": 1, "content": "还没"}, {"talker": "别人", "isSelf": False, "type": 1, "content": "走"}, {"talker": "别人", "isSelf": True, "type": 1, "content": "好"}], "a.json", [d("吃了吗", "还没"), d("走", "好")], "她（isSelf）"),
     "a table of lines": ("角色,台词\n皇上,来\n甄嬛,是。\n皇上,坐\n甄嬛,谢\n", "a.csv", [d("来", "是。"), d("坐", "谢", history=[["来", "是。"]])], "她（角色）说的是回答"),
     "script": ("第一场 殿 日\n皇上：来。\n（众人退下）\n甄嬛（行礼）：是。\n嬛儿：皇上万安。\n\n第二场 园\n眉庄：妹妹\n采月：小主\n甄嬛: 姐姐\n皇上：走\n", "a.txt", [d("来。", "是。\n皇上万安。"), d("妹妹\n小主", "姐姐")], "没有“名字：”的是说明，没有读入：第 3 行 + 最后几句她没有回答，没有读入：第 11 行"),
-    "script with gaps": ("皇上：来\n\n甄嬛：是\n\n皇上：坐\n\n甄嬛：谢\n", "a.txt", [d("来", "是"), d("坐", "谢", history=[["来", "是"]])], "每条是一句话"),
+    "script with gaps": ("皇上：来\n\n甄嬛：是\n\n皇上：坐\n\n甄嬛：谢\n", "a.txt", [d("来", "是"), d("坐", "谢", history=[["来", "是"]])], "每行是一句话"),
     # marks, few rows, encodings
     "marks": (lines({"prompt": "有座吗？\n\n###\n\n", "completion": " 里边请。 END"}, {"prompt": "来壶茶\n\n###\n\n", "completion": " 这就来。 END"}), "a.jsonl", [d("有座吗？\n\n###\n\n", " 里边请。 END"), d("来壶茶\n\n###\n\n", " 这就来。 END")], "2 条里有 2 条带着别的格式的记号 + ###（2 条） + END（2 条）"),
     "end of text": ([d("一", "二</s>"), d("三", "四<|im_end|>")], "a.json", [d("一", "二</s>"), d("三", "四<|im_end|>")], "2 条里有 2 条带着"),

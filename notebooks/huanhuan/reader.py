@@ -47,11 +47,11 @@ SHAPES = {
     "system": "system system_prompt",
     "rejected": "rejected rejected_response",
     "her": "is_sender issender isself is_self issend is_send from_me is_from_me",
-    "who": "role from speaker sender author talker name 角色 人物 说话人",
-    "said": "content value text utterance message msg strcontent line body 台词 内容 对白",
+    "who": "role from speaker sender author talker name 角色 人物 说话人 发言人 发送者 发送人 昵称",
+    "said": "content value text utterance message msg strcontent line body 台词 对白 内容 消息",
     "room": "room_name roomname talkerid strtalker nickname remark",
-    "time": "createtime strtime time timestamp date",
-    "type": "type_name type",
+    "time": "createtime strtime time timestamp date 时间",
+    "type": "type_name type 类型",
 }
 SHAPES = {part: [tier.split() for tier in names.split("|")] for part, names in SHAPES.items()}
 KNOWN = {name for tiers in SHAPES.values() for tier in tiers for name in tier}
@@ -364,6 +364,10 @@ def _dialogues(text: str, log: _Log) -> Iterator[list[tuple]]:
         rows, plan = chain([head], rows), _plan(head[1]) if type(head[1]) is dict else None
         if plan and plan.missing and plan.said and (plan.who or plan.her):
             return (yield from _conversations(_messages(rows, plan, log), log))
+        names = head[1] if type(head[1]) is list and set(map(type, head[1])) == {str} else []
+        if names and not _shape(tuple(names)).missing:  # a table, written as arrays of cells
+            next(rows)
+            rows = ((n, dict(zip(names, cells, strict=False))) for n, cells in rows)
         break
     for number, row in rows:
         for one in _expanded(row, number, log):
@@ -607,7 +611,7 @@ def _script(text: str, log: _Log) -> list[tuple[int, dict | None]]:
     )
     spoken = sum(row is not None for _, row in lines)
     if spoken < 2 or spoken < len(others) or remedy not in (TEXTS[-1][2], TO_PAIRS):
-        log.stop(f"这是一篇文字，不是一问一答的数据。看起来是{what}：{remedy}")
+        log.stop(f"这是一篇文字，不是一问一答的数据。看起来是 {what}：{remedy}")
     for number in others:
         log.note("没有“名字：”的是说明，没有读入", number)
     return lines
@@ -618,7 +622,8 @@ def _messages(
 ) -> Iterator[tuple[int, bool | None, str]]:
     """(number, whether she says it, text) of rows that are one message each; for a border None."""
     who, names, last, room = plan.her or plan.who, {}, None, None
-    log.note(f"每条是一句话：她（{who}）说的是回答，之前别人说的是问题")
+    said = f"（{who}）" * (log.unit == "条")  # the column; a script has none
+    log.note(f"每{log.unit}是一句话：她{said}说的是回答，之前别人说的是问题")
     for number, row in rows:
         if type(row) is not dict or not {who, plan.said} <= row.keys():
             if row is not None:
@@ -652,7 +657,7 @@ def _messages(
         )
         named = "、".join(map(_short, [*names][:NAMED]))
         log.stop(
-            f"{what}开口的（{who}）有 {named}，没有 {NAME}：请把她的名字改写成 {NAME}，或换成她的角色文件"
+            f"{what}开口的{said}有 {named}，没有 {NAME}：请把她的名字改写成 {NAME}，或换成她的角色文件"
             f"（环境变量 HUANHUAN_PERSONA），或者整理成一问一答，每条 {EXAMPLE}。"
         )
 
@@ -716,9 +721,12 @@ def _shape(keys: tuple[str, ...]) -> SimpleNamespace:
         part: [lower[name] for name in SHAPES[part][0] if name in lower]
         for part in ("instruction", "output")
     }
+    if "chosen" in lower and not found["instruction"]:  # the whole conversation
+        found["turns"] = found["turns"] or lower["chosen"]
     if found["turns"] and not all(pair.values()):
         # Beside the turns of a dialogue only a chosen last answer is of use.
         found |= {"instruction": None, "input": None, "output": lower.get("chosen")}
+        found["output"] = None if found["output"] == found["turns"] else found["output"]
         missing = {}
     elif found["instruction"] and found["output"]:
         found["turns"] = None
@@ -861,7 +869,9 @@ def _turns(row: Any, number: int, log: _Log) -> list[tuple]:
         log.problem(number, field or (plan.turns if type(row) is dict else ""), fault)
         return []
     if where:
-        log.note(f"{f'{field} ' if field else '数组'}里的一问一答换成了 instruction、output", number)
+        log.note(
+            f"{f'{field} ' if field else '数组'}里的一问一答换成了 instruction、output", number
+        )
     return turns
 
 
@@ -957,7 +967,7 @@ def _who(value: Any) -> str:
 
 def _parsed(cell: Any) -> Any:
     """The list that the cell of a table holds as JSON, or as Python writes it (pandas does)."""
-    for parse in (_JSON.decode, ast.literal_eval):
+    for parse in (json.loads, ast.literal_eval):
         try:
             return parse(cell.strip()) if type(cell) is str else cell
         except (ValueError, SyntaxError, RecursionError, MemoryError):
@@ -992,12 +1002,15 @@ def _what(value: Any) -> tuple[str, str]:
     """What a JSON value is, and what to write in its place."""
     if value is None:
         return " null（空）", NOTHING
-    if type(value) in (_Number, bool):
-        written = value[:40] if type(value) is _Number else str(value).lower()
-        return f" {written}", f'请加上引号，写成 "{written}"，或换成文字。'
     if type(value) is list:
         return "一个数组 [ ]", "请合成一段文字，换行写作 \\n；有几个回答的，只留好的那个。"
-    return ("一个对象 { }" if type(value) is dict else "一段文字"), "请去掉花括号，只留一段文字。"
+    if type(value) in (dict, str):
+        return (
+            "一个对象 { }" if type(value) is dict else "一段文字"
+        ), "请去掉花括号，只留一段文字。"
+    written = str(value)[:40]
+    written = written.lower() if type(value) is bool else written
+    return f" {written}", f'请加上引号，写成 "{written}"，或换成文字。'
 
 
 def _collect(
