@@ -464,6 +464,7 @@ SHAPES = {
     "weight of a turn": ([{"messages": [U, A1 | {"weight": 0}, U2, A2]}, ROW], "a.json", [TWO_AFTER, ONE], "只当作前文，没有读入：第 1 条"),
     "chosen": (fields("prompt", "chosen", rejected="滚"), "a.json", PAIR, "rejected 是不好的回答，没有读入：第 1、2 条"),
     "chosen turns": ([{"prompt": "有座吗？", "chosen": [U, A1], "rejected": [U, A2]}, {"prompt": [U, A1, U2], "chosen": [A2], "rejected": [A1]}], "a.json", [ONE, ONE, TWO_AFTER], "rejected 是不好的回答"),
+    "chosen alone": ([{"chosen": [U, A1], "rejected": [U, A2]}, {"chosen": [U2, A2], "rejected": []}], "a.json", PAIR, "chosen 里的"),
     "chosen of conversations": ([{"conversations": [{"from": "human", "value": "有座吗？"}], "chosen": {"from": "gpt", "value": "里边请。"}, "rejected": {"from": "gpt", "value": "滚"}}, ROW2], "a.json", PAIR, "rejected 是"),
     "rejected alone": ([ROW, {"prompt": "坏", "rejected": "坏"}, ROW2], "a.json", PAIR, "标着 rejected 的是不好的回答，没有读入：第 2 条"),
     # dialogues
@@ -512,6 +513,8 @@ SHAPES = {
     "instances at the top": ({"type": "text2text", "instances": fields("input", "output")}, "a.json", PAIR, "字段 input 换成了"),
     "train and valid": ({"train": [["有座吗？", "里边请。"], ["来壶茶", "这就来。"]], "valid": [["结账", "三文钱。"]]}, "a.json", PAIR, "只读了 train 这一部分，valid 没有读入"),
     "dialogues at the top": ({"version": 1, "dialogues": [{"turns": [U, A1]}, {"turns": [U2, A2]}]}, "a.json", PAIR, "turns 里的"),
+    "arrays of cells": ([["问题", "回答"], ["有座吗？", "里边请。"], ["来壶茶", "这就来。"]], "a.json", PAIR, "问题、回答 换成了"),
+    "more beside a row": ([ROW | {"data": {"from": "书"}, "pairs": [{"a": "b"}]}, ROW2], "a.json", PAIR, "字段 data 课程用不到 + 字段 pairs 课程用不到"),
     "orient index": ({"0": ROW, "1": ROW2}, "a.json", PAIR, ""),
     "orient columns": ({"instruction": {"0": "有座吗？", "1": "来壶茶"}, "output": {"0": "里边请。", "1": "这就来。"}}, "a.json", PAIR, ""),
     "lists of columns": ({"input": ["有座吗？", "来壶茶"], "output": ["里边请。", "这就来。"]}, "a.json", PAIR, "字段 input 换成了"),
@@ -525,6 +528,8 @@ SHAPES = {
     "a table of lines": ("角色,台词\n皇上,来\n甄嬛,是。\n皇上,坐\n甄嬛,谢\n", "a.csv", [d("来", "是。"), d("坐", "谢", history=[["来", "是。"]])], "她（角色）说的是回答"),
     "script": ("第一场 殿 日\n皇上：来。\n（众人退下）\n甄嬛（行礼）：是。\n嬛儿：皇上万安。\n\n第二场 园\n眉庄：妹妹\n采月：小主\n甄嬛: 姐姐\n皇上：走\n", "a.txt", [d("来。", "是。\n皇上万安。"), d("妹妹\n小主", "姐姐")], "没有“名字：”的是说明，没有读入：第 3 行 + 最后几句她没有回答，没有读入：第 11 行"),
     "script with gaps": ("皇上：来\n\n甄嬛：是\n\n皇上：坐\n\n甄嬛：谢\n", "a.txt", [d("来", "是"), d("坐", "谢", history=[["来", "是"]])], "每行是一句话"),
+    "script with half-width colons": ("皇上: 来\n时间过得快\n甄嬛: 是\n时间: 夜\n皇上: 坐\n甄嬛: 谢\n", "a.txt", [d("来", "是"), d("坐", "谢")], "没有读入：第 2 行"),
+    "a group chat": ([{"sender": s, "talker": t, "isSelf": s == "我", "content": c} for s, t, c in [("甲", "群", "吃了吗"), ("乙", "群", "走"), ("我", "群", "好"), ("丙", "别处", "来"), ("我", "别处", "是")]], "a.json", [d("吃了吗\n走", "好"), d("来", "是")], "她（isSelf）"),
     # marks, few rows, encodings
     "marks": (lines({"prompt": "有座吗？\n\n###\n\n", "completion": " 里边请。 END"}, {"prompt": "来壶茶\n\n###\n\n", "completion": " 这就来。 END"}), "a.jsonl", [d("有座吗？\n\n###\n\n", " 里边请。 END"), d("来壶茶\n\n###\n\n", " 这就来。 END")], "2 条里有 2 条带着别的格式的记号 + ###（2 条） + END（2 条）"),
     "end of text": ([d("一", "二</s>"), d("三", "四<|im_end|>")], "a.json", [d("一", "二</s>"), d("三", "四<|im_end|>")], "2 条里有 2 条带着"),
@@ -564,6 +569,8 @@ ADVISED = {
     "SRT": ("1\n00:00:01,000 --> 00:00:02,000\n甄嬛：是\n\n2\n00:00:03,000 --> 00:00:04,000\n皇上：来\n", "a.srt", ["这是一篇文字", "字幕"]),
     "script without her": ("客人：有座吗？\n掌柜：里边请。\n客人：来壶茶\n", "a.txt", ["这是一篇文字，不是一问一答的数据", "客人、掌柜", "没有 甄嬛", "HUANHUAN_PERSONA"]),
     "lines without her": ([{"speaker": "客人", "text": "a"}, {"speaker": "掌柜", "text": "b"}], "a.json", ["开口的（speaker）有 客人、掌柜，没有 甄嬛"]),
+    "WeChat without her": (chat("文本,0,友,友,吃了吗,", "文本,0,友,友,还没,"), "a.csv", ["is_sender 里没有一个 1"]),
+    "turns within turns": ('{"messages": [' * 400 + "]}" * 400, "a.json", ["套得太深"]),
     "WeChat with one question": (chat("文本,0,友,友,吃了吗,", "文本,1,我,友,还没,"), "a.csv", ["只有一个不同的问题", "她（is_sender）说的是回答"]),
     "nothing but bad answers": ([ROW | {"label": False}], "a.json", ["一条对话也没有", "标着 label: false"]),
     "cut by the viewer": ({"rows": [{"row": ROW, "truncated_cells": ["output"]}]}, "a.json", ["截短了", "下载原始文件"]),
@@ -642,6 +649,30 @@ def test_damaged_file_ends_in_a_table_or_a_dataset_error(tmp_path, name, encodin
             str(error).encode()
             ends["refused"] += 1
     assert ends["refused"] > 30
+
+
+@pytest.mark.parametrize("name", [name for name in SHAPES if type(SHAPES[name][0]) in (dict, list)])
+def test_shape_with_a_wrong_part_ends_in_a_table_or_a_dataset_error(tmp_path, name):
+    chance, path = random.Random(name), tmp_path / "a.json"
+    wrong = (None, 0, "", [], {}, "user", "甄嬛", ["a"], [["a", "b"]], [U], {"role": "x"}, "[1]")
+
+    def spoilt(value, depth=0):
+        if depth and chance.random() < 0.15:
+            return chance.choice(wrong)
+        if type(value) is dict:
+            return {key: spoilt(part, depth + 1) for key, part in value.items()}
+        return [spoilt(part, depth + 1) for part in value] if type(value) is list else value
+
+    for _ in range(25):
+        path.write_text(json.dumps(spoilt(SHAPES[name][0]), ensure_ascii=False), encoding="utf-8")
+        try:
+            table = load_rows(path)
+        except DatasetError as error:
+            str(error).encode()
+            continue
+        said = [*table[["instruction", "input", "output"]].to_numpy().ravel()]
+        said += [text for turns in table["history"] for turn in turns for text in turn]
+        assert all(isinstance(text, str) for text in said)
 
 
 @pytest.mark.parametrize("suffix", [".json", ".csv"])
