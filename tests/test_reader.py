@@ -579,6 +579,9 @@ ADVISED = {
     "columns of two lengths": ({"instruction": ["a", "b"], "output": ["c"]}, "a.json", ["不一样长"]),
     "one object": (GOOD, "a.json", ["只有一个不同的问题"]),
     "history that is prose": ([GOOD | {"history": "从前"}], "a.json", ["history", "应当是一个数组"]),
+    "history out of step": ([GOOD | {"history": [["a"]]}], "a.json", ["history", "有一句没有配对"]),
+    "no header, no punctuation": ("有座吗,里边请\n来壶茶,这就来\n", "a.csv", ["像是对话，不像列名"]),
+    "Guest and host": ("Guest: hi\nHost: hello\n", "a.txt", ["这是一篇文字", "开口的有 Guest、Host"]),
     "picture in a turn": ([{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, A1]}], "a.json", ["第 1 句的内容应当是一段文字"]),
 }  # fmt: skip
 

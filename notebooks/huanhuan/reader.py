@@ -448,7 +448,9 @@ def _columns(header: list[str], log: Log) -> list[str]:
             log.stop(f"列名 {shown} 之间要用英文逗号：instruction,input,output。请改过来。")
         if len(plan.missing) == 2 and not any("→" in message for _, message in plan.missing):
             # Names are short, different, and no sentences.
-            if len({*header}) < len(header) or re.search(r"[。？！?!…]|“（没有|“.{20}", shown):
+            if len({*header}) < len(header) or re.search(
+                r"[。？！?!…吗呢吧]|“（没有|“.{20}", shown
+            ):
                 talk = f"第一行 {shown} 像是对话，不像列名"
                 log.stop(f"{talk}：请在它上面加一行 instruction,output。")
             log.stop(

@@ -63,7 +63,9 @@ EMPTY = ("", None, [], "[]")
 SYSTEM = "system 的话没有读入，课程有自己的系统提示"
 WRAPS = ("data", "rows", "instances", "examples", "items", "records", "conversations", "dialogues")
 TRAIN = ("train", "training", "训练", "训练集")
-TO_PAIRS = f"请整理成一问一答，每条 {EXAMPLE}，或者有 instruction,output 两列的 CSV。"
+TO_PAIRS = (
+    f"请整理成一问一答，存成 JSON，每条 {EXAMPLE}，或者存成有 instruction,output 两列的 CSV。"
+)
 TEXTS = (  # how text that is no data begins
     # The first three are never a script, the next two are one where she speaks.
     (r"version https://git-lfs", "Git LFS 的占位文件", "请下载原始文件。"),
@@ -361,7 +363,11 @@ def _spoken(value: dict, field: str, where: str, number: int, log) -> Iterator[t
         log.note(plan.renamed, number)
     if plan.history and value[plan.history] not in EMPTY:
         log.note("history 是这一条的前文，其中的回答也各成一条", number)
-        turns = _said(_parsed(value[plan.history]), "history", "", "user", number, log)
+        turns = [*_said(_parsed(value[plan.history]), "history", "", "user", number, log)]
+        if sum(ROLES.get(_flag(turn[0])) != "system" for turn in turns) % 2:
+            raise _Wrong(
+                "history", "里面应当是一问一答 [[问, 答], …]，这里有一句没有配对，请补上或删掉。"
+            )
         yield from ((who, content, None, *at) for who, content, _, *at in turns)
     ask, answer = value.get(plan.instruction), value.get(plan.output)
     ask, answer = (one[0] if type(one) is list and len(one) == 1 else one for one in (ask, answer))
@@ -464,7 +470,7 @@ def script(text: str, log) -> list[tuple[int, dict | None]]:
             lines.append((number, {"role": speech[1].strip(" *"), "content": speech[2]}))
         elif line:
             others.append(number)
-    kind = next(kind for kind, text_ in enumerate(TEXTS) if re.match(text_[0], text))
+    kind = next(kind for kind, (begins, *_) in enumerate(TEXTS) if re.match(begins, text))
     spoken = [row["role"] for _, row in lines if row]
     hers = any(_is_her(name) for name in spoken)
     if len(spoken) < max(2, len(others)) or kind < 3 or (kind < 5 and not hers):
