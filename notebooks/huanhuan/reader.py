@@ -448,11 +448,12 @@ def _columns(header: list[str], log: Log) -> list[str]:
             log.stop(f"列名 {shown} 之间要用英文逗号：instruction,input,output。请改过来。")
         if len(plan.missing) == 2 and not any("→" in message for _, message in plan.missing):
             # Names are short, different, and no sentences.
-            if len({*header}) < len(header) or re.search(
-                r"[。？！?!…吗呢吧]|“（没有|“.{20}", shown
-            ):
-                talk = f"第一行 {shown} 像是对话，不像列名"
-                log.stop(f"{talk}：请在它上面加一行 instruction,output。")
+            talk = re.search(r"[。？！?!…吗呢吧]|“（没有|“.{20}", shown) or len({*header}) < len(
+                header
+            )
+            if talk:
+                said = f"第一行 {shown} 像是对话，不像列名"
+                log.stop(f"{said}：请在它上面加一行 instruction,output。")
             log.stop(
                 f"第一行的列名是 {shown}，认不出哪一列是问、哪一列是答：请把问的那一列改名为 instruction，"
                 "把她回答的那一列改名为 output。"
@@ -465,10 +466,7 @@ def _columns(header: list[str], log: Log) -> list[str]:
 
 
 def _collect(dialogues: Iterator[list[tuple]], log: Log) -> tuple[tuple, array, bytearray]:
-    """The columns, the row numbers, and which rows are out of a `history`.
-
-    With the first problem they stop growing.
-    """
+    """Columns, row numbers, which rows are out of a `history`; they end with the first problem."""
     columns, numbers, extra = ([], [], [], []), array("q"), bytearray()
     marks, marked = Counter(), 0
     for turns in dialogues:
@@ -487,7 +485,7 @@ def _collect(dialogues: Iterator[list[tuple]], log: Log) -> tuple[tuple, array, 
                     log.note("instruction 和 input 都有内容，在提示里用一个换行接起来", number)
                 if len(said) > TURNS:
                     log.note(f"前面超过 {TURNS} 轮，只带着最近的 {TURNS} 轮", number)
-                if shapes.odd(ask) or shapes.odd(given) or shapes.odd(answer):
+                if any(map(shapes.odd, texts)):
                     found = shapes.oddities(texts, number, log)
                     marks.update(found)
                     marked += bool(found)
