@@ -506,12 +506,14 @@ def _lines(
         named = [key for key in value if key.lower() in ROLES] or value
         yield from ((log.row, key, value[key], place, learn) for key in named if inside)
         return
-    notes = {SYSTEM: value.get(plan.system), plan.renamed: plan.renamed and not inside}
-    notes["rejected 是不好的回答，没有读入"] = value.get(plan.rejected)
-    notes |= {f"字段 {key[:40]} 课程用不到，没有读入": True for key in plan.rest}
-    notes["history 是这一条的前文，其中的回答也各成一条"] = history = value.get(plan.history)
-    for note in [note for note, holds in notes.items() if holds and holds != "[]"]:
-        log.note(note, log.row)
+    history = value.get(plan.history)
+    notes = [(f"字段 {key[:40]} 课程用不到，没有读入", True) for key in plan.rest]
+    notes += [(SYSTEM, value.get(plan.system)), (plan.renamed, plan.renamed and not inside)]
+    notes += [("rejected 是不好的回答，没有读入", value.get(plan.rejected))]
+    notes += [("history 是这一条的前文，其中的回答也各成一条", history)]
+    for note, holds in notes:
+        if holds and holds != "[]":
+            log.note(note, log.row)
     for key in (plan.history, plan.turns):
         if key and type(value[key]) is not list and value[key] not in (None, "", "[]"):
             raise _Fault(log.row, key, "应当是一个数组，一问一答轮流写。")
@@ -534,9 +536,10 @@ def _lines(
 
 def _checked(number: int, role: Any, text: Any, place: str, learn: Any) -> str:
     """The text of a line, which must be one, and be printable."""
-    parts = text if type(text) is list else [None]
-    if all(type(part) is dict and type(part.get("text")) is str for part in parts):
-        text = "".join(part["text"] for part in parts)
+    if type(text) is list and all(
+        type(part) is dict and type(part.get("text")) is str for part in text
+    ):
+        text = "".join(part["text"] for part in text)
     if type(text) is not str:
         raise _Fault(number, place, NOT_TEXT)
     if bad := UNFIT.search(text):
@@ -599,12 +602,13 @@ def _collected(dialogues: Iterator, log: Log) -> tuple:
                     log.note(f"超过 {LONG} 个字，notebook 02 会截短或放在一边", number)
                 if ask and given:
                     log.note("instruction 和 input 都有内容，在提示里用一个换行接起来", number)
-                for mark in {*_TO_FILL.findall(both)} if _odd(both) else ():
-                    log.note(PLACEHOLDER.format(mark), number)
-                    holds[mark] += 1
-                found = {mark.strip() for mark in _MARK.findall(both)} if _odd(both) else ()
-                marks.update(found)
-                marked += bool(found)
+                if _odd(both):
+                    for mark in {*_TO_FILL.findall(both)}:
+                        log.note(PLACEHOLDER.format(mark), number)
+                        holds[mark] += 1
+                    found = {mark.strip() for mark in _MARK.findall(both)}
+                    marks.update(found)
+                    marked += bool(found)
             said.append([f"{ask}\n{given}" if ask and given else ask or given, answer])
         if len(said) > 1:
             log.note(
