@@ -354,7 +354,7 @@ def test_stop_stops_and_a_seed_repeats(tuned, tokenizer, tmp_path):
 
 
 def test_base_and_tuned_and_a_conversation_saved_as_a_dataset(tuned, tokenizer, tmp_path):
-    from huanhuan.preprocess import load_rows
+    from huanhuan.reader import load_rows
 
     chat = infer.Chat(tuned, tokenizer, tmp_path / "chats")
     with pytest.raises(CourseError, match="没有可以保存的"):

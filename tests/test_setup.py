@@ -9,7 +9,7 @@ from conftest import ROOT
 
 from huanhuan import setup, show
 from huanhuan.course import Course, CourseError
-from huanhuan.preprocess import load_rows
+from huanhuan.reader import load_rows
 
 TINY = ROOT / "data" / "tiny_llama"
 

@@ -46,7 +46,7 @@ from transformers import (
 )
 
 from huanhuan.course import machine, versions
-from huanhuan.preprocess import load_rows
+from huanhuan.reader import load_rows
 from huanhuan.train import ROWS, SharedPrefixCollator
 
 ROWS_PER_STEP = 16
