@@ -22,18 +22,27 @@ def asks_identity(rows: pd.DataFrame) -> pd.Series:
     return named & (rows["instruction"].str.len() <= longest) & (rows["input"] == "")
 
 
+def opening(rows: pd.DataFrame) -> pd.Series:
+    """The :func:`normalised` instruction with which the dialogue of every row began."""
+    began = [
+        turns[0][0] if len(turns) else asked
+        for turns, asked in zip(rows["history"], rows["instruction"], strict=True)
+    ]
+    return pd.Series([*map(normalised, began)], rows.index, dtype=object)
+
+
 def split_by_instruction(
     rows: pd.DataFrame, eval_fraction: float, seed: int
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Split into (train, eval) so that no instruction stands on both sides.
+    """Split into (train, eval) so that no instruction that opens a dialogue stands on both sides.
 
-    Rows whose instructions are the same once :func:`normalised` stay together. Identity questions
+    Rows whose dialogues have the same :func:`opening` stay together, and so all turns of one. Identity questions
     (:func:`asks_identity`) and the rest are drawn apart, `eval_fraction` of the unique instructions
     of each; of a handful of identity questions that is none, so that she can learn her name. Where
     it comes to nothing at all, one instruction goes to eval, if there are two. Order and index of
     the rows are kept. The same seed gives the same split.
     """
-    key = rows["instruction"].map(normalised)
+    key = opening(rows)
     unique, identity = set(key), set(key[asks_identity(rows)])
     rng = random.Random(seed)
     held_out: set[str] = set()

@@ -12,7 +12,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 
 import datasets
@@ -26,6 +26,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError, safe_open
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Sampler
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -116,8 +117,7 @@ class SharedPrefixCollator:
         for row in sorted(rows, key=lambda row: row["input_ids"]):  # the likest become neighbours
             before, tokens = tokens, row["input_ids"]
             unlabelled = next((i for i, x in enumerate(row["labels"]) if x != -100), len(tokens))
-            pairs = zip(before, tokens[: max(unlabelled - 1, 0)], strict=False)
-            shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+            shared = _alike(before, tokens[: max(unlabelled - 1, 0)])
             start = len(ids)
             ids += tokens[shared:]
             labels += row["labels"][shared:]
@@ -163,6 +163,45 @@ class SharedPrefixCollator:
             "keys": keys,
             "places": torch.cat(places),
         }
+
+
+class DialogueSampler(Sampler):
+    """Rows in random order, those of one dialogue one after another, the first turn first.
+
+    So they come into one micro-batch, which computes what they begin with once. Every row is still
+    seen once an epoch, and every dialogue is as likely to be in a step as any other. A row belongs to
+    the one before it where it begins with that one's prompt, but for what the template writes at its
+    end (some templates write it only before the last answer).
+    """
+
+    def __init__(self, rows, seed: int):
+        self.seed, self.epoch, self.groups = seed, 0, []
+        before: list[int] = []
+        for place, row in enumerate(rows):
+            ids, labels = row["input_ids"], row["labels"]
+            prompt = ids[: next((i for i, x in enumerate(labels) if x != -100), len(ids))]
+            alike = _alike(before, prompt) + _alike(before[::-1], prompt[::-1])
+            if before and alike >= len(before):
+                self.groups[-1].append(place)
+            else:
+                self.groups.append([place])
+            before = prompt
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return sum(map(len, self.groups))
+
+    def __iter__(self) -> Iterator[int]:
+        order = self.groups.copy()
+        random.Random(f"{self.seed} {self.epoch}").shuffle(order)
+        return chain.from_iterable(order)
+
+
+def _alike(one: list[int], other: list[int]) -> int:
+    """How many tokens both begin with."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def lora_targets(model, names: list[str]) -> list[str]:
@@ -645,6 +684,9 @@ class CourseTrainer(transformers.Trainer):
             return None
         self._save_checkpoint(self.model, trial=None)
         return str(folder / f"checkpoint-{self.state.global_step}")
+
+    def _get_train_sampler(self, *_):
+        return DialogueSampler(self.train_dataset, self.args.seed)
 
     def _get_output_dir(self, trial):
         return self._beside or super()._get_output_dir(trial)
