@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from collections import Counter
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from huanhuan import CourseError, prompt, setup, train
 from huanhuan.course import Course, Profile
 from huanhuan.prompt import chat_messages, prompt_ids, template_options, text_ids
+from huanhuan.reader import load_rows
 
 FAMILIES = ["qwen2_5", "qwen3", "gemma3", "llama3_1", "llama3_2"]
 TEMPLATES = [*FAMILIES, "deepseek_v3"]
@@ -47,23 +49,28 @@ def test_every_row_has_the_ids_of_the_models_own_template(family, path):
     if not path.exists():
         pytest.skip("the dataset of the tutorial is not here")
     process_func = notebook_process_func(family, 100_000)
-    different = []
-    for number, row in enumerate(json.loads(path.read_text(encoding="utf-8")), 1):
-        question, answer = (row["instruction"] + row["input"]).strip(), row["output"].strip()
-        messages = chat_messages(question, family)
+    different, turns = [], Counter()
+    for row in load_rows(path).to_dict("records"):
+        question, answer = prompt.question_of(row), row["output"].strip()
+        texts = [text.strip() for turn in row["history"] for text in turn] + [question.strip()]
+        messages = chat_messages(texts[0], family)
+        for place, text in enumerate(texts[1:]):
+            messages.append({"role": ("assistant", "user")[place % 2], "content": text})
         made = process_func(row)
         taught = sum(label != -100 for label in made["labels"])
         asked = made["input_ids"][:-taught]
         whole = rendered(family, [*messages, {"role": "assistant", "content": answer}])
         after = family.decode(whole[len(made["input_ids"]) :])  # some write a line end behind it
+        turns[len(row["history"])] += 1
         if (
             asked != rendered(family, messages, add_generation_prompt=True)
             or whole[: len(made["input_ids"])] != made["input_ids"]
             or after.strip()
             or made["labels"][-1] != prompt.end_id(family)
         ):
-            different.append(number)
+            different.append(row)
     assert different == []
+    assert path != SAMPLE or min(turns[before] for before in (1, 2, 3)) >= 10
 
 
 def test_turns_are_rendered_as_the_template_does(family):

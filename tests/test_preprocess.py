@@ -1,14 +1,14 @@
 import pandas as pd
 import pytest
 
-from huanhuan.preprocess import asks_identity, normalised, split_by_instruction
+from huanhuan.preprocess import asks_identity, normalised, opening, split_by_instruction
 
 
 def frame(instructions):
     return pd.DataFrame(
         {"instruction": instructions, "input": "", "output": "嗯"},
         index=range(1, len(instructions) + 1),
-    )
+    ).assign(history=[[] for _ in instructions])
 
 
 def test_split_keeps_an_instruction_on_one_side():
@@ -21,6 +21,15 @@ def test_split_keeps_an_instruction_on_one_side():
     same = split_by_instruction(rows, 0.1, seed=1)[1]
     other = split_by_instruction(rows, 0.1, seed=2)[1]
     assert list(same.index) == list(held.index) != list(other.index)
+
+
+def test_the_turns_of_a_dialogue_stay_together():
+    """Every dialogue asks the same second question: what it began with tells them apart."""
+    rows = frame([f"第{i // 2}件事" if i % 2 == 0 else "那后来呢？" for i in range(80)])
+    rows["history"] = [[] if i % 2 == 0 else [[f"第{i // 2}件事", "嗯"]] for i in range(80)]
+    assert opening(rows).nunique() == 40
+    train, held = split_by_instruction(rows, 0.1, seed=1)
+    assert len(held) == 8 and not set(opening(train)) & set(opening(held))
 
 
 @pytest.mark.parametrize(("count", "held"), [(1, 0), (2, 1), (3, 1)])

@@ -273,6 +273,29 @@ def test_shared_prefix_stands_once():
     assert batch["shift_labels"].tolist() == [[30, 2, 32, 2, 31, 2, 33, 2]]
 
 
+def test_rows_of_a_dialogue_come_one_after_another_and_each_once_an_epoch():
+    marks = [90, 91]  # what the template writes before the last answer alone
+    rows = []
+    for first in (20, 30, 40):
+        for asked in ([first], [first, 50], [first, 50, 60]):
+            said = [token for question in asked[:-1] for token in (question, 9, 2)]
+            prompt = [*P, *said, asked[-1], 9, *marks]
+            rows.append({"input_ids": [*prompt, 9, 2], "labels": [-100] * len(prompt) + [9, 2]})
+    rows.append({"input_ids": [*P, 20, 21, 9, *marks, 9], "labels": [-100] * 11 + [9]})
+    sampler = train.DialogueSampler(rows, seed=0)
+    assert [*map(list, sampler.groups)] == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]]
+    orders = []
+    for epoch in range(5):
+        sampler.set_epoch(epoch)
+        orders.append([*sampler])
+        assert sorted(orders[-1]) == [*range(10)] and len(sampler) == 10
+        assert all(b == a + 1 for a, b in zip(orders[-1], orders[-1][1:]) if b % 3 and b < 9)  # noqa: B905
+    assert len({tuple(order) for order in orders}) > 1
+    again = train.DialogueSampler(rows, seed=0)
+    again.set_epoch(4)
+    assert [*again] == orders[4]
+
+
 def lora_losses(folder, collator, micro, accumulation, checkpointing=False):
     """The losses of 5 steps of 8 rows, and of an evaluation whose last batch is not full."""
     torch.manual_seed(0)
