@@ -100,12 +100,12 @@ def attach_pictures(notebook: nbformat.NotebookNode) -> None:
             cell.source = cell.source.replace(link, f"attachment:{picture.name}")
 
 
-def report(manifest: dict, answers: list[dict]) -> str:
+def report(course: Course, answers: list[dict]) -> str:
     """The report card, as Markdown text."""
     from huanhuan.infer import FOUR, share  # not above: the runner itself needs no torch
 
-    results = manifest["results"]
-    lines = ["", f"# 成绩单（{manifest['profile']['name']}，{manifest['machine']}）", ""]
+    results = course.record("adapter")["results"] | course.record("answers")["results"]
+    lines = ["", f"# 成绩单（{course.profile.name}，{machine()}）", ""]
     # the question that was trained on, ordinary life, who she is and what only the data tells
     shown = [*answers[:4], *answers[-6:]]
     lines += [f"| 问题 | {' | '.join(FOUR.values())} |", "|---" * 5 + "|"]
@@ -128,7 +128,7 @@ def report(manifest: dict, answers: list[dict]) -> str:
         "| 笔记本 | 分钟 | 内存峰值 GiB |",
         "|---|---|---|",
     ]
-    books = manifest["notebooks"]
+    books = course.manifest["notebooks"]
     lines += [
         f"| {name} | {book['minutes']:.1f} | {book['peak_memory_gib']:.2f} |"
         for name, book in sorted(books.items())
@@ -196,7 +196,7 @@ def main(names: list[str]) -> None:
         return
     course = Course.resume("adapter", "answers", "pack")
     answers = json.loads(course.path("answers").read_text(encoding="utf-8"))
-    card = report(course.manifest, answers)
+    card = report(course, answers)
     (course.run_dir / "report.md").write_text(card, encoding="utf-8")
     print(card)
     print(f"共 {(time.time() - started) / 60:.1f} 分钟")

@@ -1,34 +1,60 @@
-"""The ground floor: the profile that fits this machine, and the manifest one notebook hands the next.
+"""The ground floor: the profile that fits this machine, and what one notebook hands the next.
 
 Everything a run leaves behind lies in one directory, ``HUANHUAN_OUTPUT`` or
-``notebooks/output/<profile>``, and is listed in its ``manifest.json``.
+``notebooks/output/<profile>``, and is listed in its ``manifest.json``. There is one way to make a
+thing (:meth:`Course.making`) and one to take it (:meth:`Course.path`), in the spirit of make: beside
+each lies a record of what it was made of, and what no longer holds is named, not used.
 """
 
 import contextlib
+import errno
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
 
-from huanhuan import DATA, NOTEBOOKS, CourseError
-from huanhuan.persona import PERSONA
+from safetensors import SafetensorError, safe_open
 
-# What is handed on, in the order it is made, and the notebook that makes it.
-MADE_BY = {
-    "data": "01_setup",
-    "model": "01_setup",
-    "tokenized": "02_preprocess",
-    "adapter": "03_train_lora",
-    "answers": "04_infer",
-    "pack": "04_infer",
-}
+from huanhuan import DATA, NOTEBOOKS, CourseError
+from huanhuan.persona import PERSONA, SYSTEM_PROMPT
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """What one notebook makes and a later one takes."""
+
+    title: str
+    made_by: str
+    file: str = ""  # its name in the run directory; none: it was brought from elsewhere
+    of: tuple[str, ...] = ()  # the artefacts that it is made of
+    settings: tuple[str, ...] = ()  # the fields of Profile that decide it
+
+
+ARTEFACTS = {
+    "data": Artefact("数据集", "01_setup"),
+    "model": Artefact("模型", "01_setup"),
+    "tokenized": Artefact(
+        "处理好的数据", "02_preprocess", "tokenized", ("data", "model"), ("max_length", "max_rows")
+    ),
+    "adapter": Artefact(
+        "适配器", "03_train_lora", "llama3_lora", ("model", "tokenized"),
+        ("quantized", "dtype", "epochs", "learning_rate", "lora_r", "lora_alpha", "lora_dropout"),
+    ),
+    "answers": Artefact("答卷", "04_infer", "answers.json", ("model", "tokenized", "adapter")),
+    "pack": Artefact("压缩包", "04_infer", "llama3_lora.zip", ("adapter",)),
+}  # fmt: skip
+RECORD = "made.json"
+SAMPLED = 2**28  # bytes: of a larger file the beginning, the middle and the end are hashed
 
 # One process uses one GPU. Given several, the Trainer would cut every batch into parts for them, and
 # a packed batch cannot be cut. A launcher (torchrun) hands out the GPUs itself.
@@ -61,7 +87,8 @@ class Profile:
     # The tutorial's True costs a third to a half more time. 03 turns it on where memory asks for it.
     gradient_checkpointing: bool = False
     logging_steps: int = 10
-    save_steps: int = 200
+    # The tutorial's 100 or more may be all that a free instance lives for.
+    save_steps: int = 25
 
 
 # Rows between two updates of the adapter, whatever the machine, the micro-batch or the number of GPUs.
@@ -217,7 +244,7 @@ class Course:
 
     def __init__(self, profile: Profile, reason: str, run_dir: Path, manifest: dict):
         self.profile, self.reason, self.run_dir, self.manifest = profile, reason, run_dir, manifest
-        self._opened = time.time()
+        self._opened, self._locked = time.time(), False
 
     @property
     def base_name(self) -> str:
@@ -281,7 +308,7 @@ class Course:
             "machine": machine(),
             "versions": versions(),
         }
-        for part in ("files", "stamps", "results", "notebooks"):
+        for part in ("files", "known", "notebooks"):
             manifest[part] = old.get(part, {})
         return cls(profile, reason, run_dir, manifest)
 
@@ -296,7 +323,7 @@ class Course:
         if manifest is None:
             raise CourseError("这里还没有开始过课程：请先运行 01_setup.ipynb。")
         made_for = manifest.get("persona", PERSONA)
-        if made_for != PERSONA:
+        if made_for["name"] != PERSONA["name"]:
             raise CourseError(
                 f"这里的成果是给“{made_for['name']}”做的，现在的角色却是“{PERSONA['name']}”："
                 "请把 HUANHUAN_PERSONA 改回去，或者从 01_setup.ipynb 重新开始。"
@@ -313,39 +340,107 @@ class Course:
         return course
 
     def path(self, name: str) -> Path:
-        """Where `name` (a key of MADE_BY) lies. Raises CourseError if it does not."""
-        entry = self.manifest["files"].get(name)
+        """Where `name` (a key of ARTEFACTS) lies: whole, and made of what is still there.
+
+        Raises CourseError where it is missing, damaged, or no longer what the present dataset,
+        model and settings would make; the message says what changed and which notebook to run.
+        """
+        what, entry = ARTEFACTS[name], self.manifest["files"].get(name)
+        again = f"请重新运行 {what.made_by}.ipynb。"
         path = self.run_dir / entry if entry else None  # an absolute entry stays as it is
         if path is None or not path.exists():
-            raise CourseError(f"还缺少上一步的成果“{name}”：请先运行 {MADE_BY[name]}.ipynb。")
+            raise CourseError(f"还缺少上一步的成果“{what.title}”：请先运行 {what.made_by}.ipynb。")
+        known = self.manifest["known"].get(name) or {}
+        if what.file and path != self.run_dir / what.file:
+            raise CourseError(f"清单里的“{what.title}”不在运行目录里（{entry}），不用它：{again}")
+        try:
+            if _state(path, known["files"]) != known["files"]:
+                if _digest(path, known["files"]) != known["id"]:
+                    raise CourseError(f"“{what.title}”（{path.name}）被改动过，或者不完整：{again}")
+                known["files"] = _state(path, known["files"])
+            record = self.record(name) if what.file else {"of": {}, "settings": {}}
+            for other, digest in record["of"].items():
+                self.path(other)
+                if self.manifest["known"][other]["id"] != digest:
+                    raise CourseError(
+                        f"“{what.title}”是用以前的{ARTEFACTS[other].title}做的，它后来变了：{again}"
+                    )
+            for setting, value in self._settings(name).items():
+                if record["settings"].get(setting, value) != value:
+                    raise CourseError(
+                        f"“{what.title}”是按 {setting}={record['settings'][setting]} 做的，"
+                        f"现在是 {value}：{again}"
+                    )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CourseError(
+                f"“{what.title}”（{path.name}）读不出来，或者没有它的记录（{error}）：{again}"
+            ) from None
         return path
 
     def keep(self, name: str, path: str | Path) -> None:
-        """List `path` in the manifest as `name`.
-
-        A changed dataset or model, or an adapter trained anew, makes what was built on it stale:
-        later entries are taken off the list, so that the later notebooks ask to be run again.
-        Their files stay.
-        """
+        """List a file or folder that was brought, as `name`, and remember what it holds."""
         path = Path(path).resolve()
         inside = path.is_relative_to(self.run_dir)
-        entry = path.relative_to(self.run_dir).as_posix() if inside else str(path)
-        stamp = [entry, path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else [entry]
-        files, stamps, order = self.manifest["files"], self.manifest["stamps"], list(MADE_BY)
-        stale = []
-        if name == "adapter":
-            stale = order[order.index("adapter") + 1 :]
-        elif name in ("data", "model") and files.get(name) and stamps.get(name) != stamp:
-            stale = order[order.index("tokenized") :]
-        for later in stale:
-            files.pop(later, None)
-        files[name], stamps[name] = entry, stamp
-        self._write()
+        self._list(name, path.relative_to(self.run_dir).as_posix() if inside else str(path))
 
-    def note(self, **results) -> None:
-        """Add results (numbers, texts, lists of them) to the manifest."""
-        self.manifest["results"].update(results)
-        self._write()
+    @contextlib.contextmanager
+    def making(self, name: str, **results) -> Iterator[Path]:
+        """Make `name`: yields a path beside its place, to be written to, and takes it over when whole.
+
+        A folder is there already, a file is not. What the thing was made of, the settings that
+        decided it, and `results` (numbers, texts, lists of them) go into its record. Until all is
+        written the former one stays as it is; then it gets a dated name. Raises CourseError where it
+        cannot be written.
+        """
+        what = ARTEFACTS[name]
+        target = self.run_dir / what.file
+        beside = target.with_name(f"unfinished-{what.file}")
+        is_file = bool(target.suffix)
+        with self.locked(what.title), writing(beside):
+            if RANK == 0:
+                _remove(beside)
+                (beside.parent if is_file else beside).mkdir(parents=True, exist_ok=True)
+            of = {}
+            for other in what.of:
+                self.path(other)
+                of[other] = self.manifest["known"][other]["id"]
+            yield beside
+            if RANK != 0:
+                return
+            files = _state(beside)
+            if not files:
+                raise CourseError(f"“{what.title}”没有写出来：请重新运行 {what.made_by}.ipynb。")
+            record = {
+                "of": of, "settings": self._settings(name), "results": results,
+                "versions": versions(), "made": time.strftime("%Y-%m-%d %H:%M:%S"),
+            }  # fmt: skip
+            write_json(_record(beside), record)
+            self._change(lambda manifest: manifest["files"].pop(name, None))
+            former = self.set_aside(target)
+            if is_file and former and _record(target).exists():
+                _record(target).replace(_record(former))
+            if is_file:
+                _record(beside).replace(_record(target))
+            beside.rename(target)
+            self._list(name, what.file)
+
+    def record(self, name: str) -> dict:
+        """What `name` was made of: ``{"of", "settings", "results", "versions", "made"}``."""
+        return json.loads(_record(self.run_dir / ARTEFACTS[name].file).read_text(encoding="utf-8"))
+
+    def _settings(self, name: str) -> dict:
+        settings = {field: getattr(self.profile, field) for field in ARTEFACTS[name].settings}
+        return settings | ({"system_prompt": SYSTEM_PROMPT} if name == "tokenized" else {})
+
+    def _list(self, name: str, entry: str) -> None:
+        path = self.run_dir / entry
+        files = _state(path)
+        known = {"files": files, "id": _digest(path, files)}
+
+        def change(manifest: dict) -> None:
+            manifest["files"][name], manifest["known"][name] = entry, known
+
+        self._change(change)
 
     def set_aside(self, path: Path) -> Path | None:
         """Give a file or folder of an earlier run a new name, so that nothing is overwritten.
@@ -364,25 +459,199 @@ class Course:
     def finish(self, notebook: str) -> None:
         """Print and record what this notebook took: minutes since it opened, peak memory of its process."""
         minutes, memory = (time.time() - self._opened) / 60, peak_memory_gib()
-        self.manifest["notebooks"][notebook] = {
-            "minutes": round(minutes, 2),
-            "peak_memory_gib": round(memory, 2),
-        }
-        self._write()
+        took = {"minutes": round(minutes, 2), "peak_memory_gib": round(memory, 2)}
+        self._change(lambda manifest: manifest["notebooks"].update({notebook: took}))
         print(f"✅ {notebook} 完成：用时 {minutes:.1f} 分钟，内存峰值 {memory:.2f} GiB")
         for name in self.manifest["files"]:
             print(f"   {name:<10}{self.manifest['files'][name]}")
 
-    def _write(self) -> None:
+    def _change(self, change: Callable[[dict], object]) -> None:
+        """Apply `change` to the manifest as it is on disk now: another notebook may have written it."""
         if RANK != 0:
+            return change(self.manifest)
+        with writing(self.run_dir):
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            with _lock(self.run_dir / "manifest.lock", "清单", patience=10):
+                now = _read(self.run_dir) or {}
+                for part in ("files", "known", "notebooks"):
+                    self.manifest[part] = now.get(part, self.manifest[part])
+                change(self.manifest)
+                write_json(self.run_dir / "manifest.json", self.manifest)
+
+    @contextlib.contextmanager
+    def locked(self, doing: str) -> Iterator[None]:
+        """Be the only one that writes to the run directory. Raises CourseError naming who does now."""
+        if self._locked or RANK != 0:
+            yield
             return
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        write_json(self.run_dir / "manifest.json", self.manifest)
+        with writing(self.run_dir):
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            with _lock(self.run_dir / "run.lock", doing):
+                self._locked = True
+                try:
+                    yield
+                finally:
+                    self._locked = False
+
+
+@contextlib.contextmanager
+def _lock(path: Path, doing: str, patience: float = 0) -> Iterator[None]:
+    """Hold the lock file `path`; one whose owner is no longer alive is taken over.
+
+    (No flock: the network drives that learners work on do not have it.)
+    """
+    import psutil
+
+    me = {"pid": os.getpid(), "started": psutil.Process().create_time(), "doing": doing,
+          "host": platform.node(), "since": time.strftime("%H:%M:%S")}  # fmt: skip
+    until = time.monotonic() + patience
+    while True:
+        try:
+            with path.open("x", encoding="utf-8") as file:
+                json.dump(me, file)
+            break
+        except FileExistsError:
+            owner = _owner(path)
+        if owner is None:
+            continue
+        if time.monotonic() >= until:
+            raise CourseError(
+                f"另一个内核（进程 {owner.get('pid')}，{owner.get('since')} 起）正在用这个运行目录做"
+                f"“{owner.get('doing')}”：请等它做完，或者关掉它（菜单 Kernel → Shut Down Kernel），再运行这一格。"
+            )
+        time.sleep(0.02)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _owner(path: Path) -> dict | None:
+    """Who holds the lock; None, and the lock is gone, where that one is no longer alive."""
+    import psutil
+
+    try:
+        owner = json.loads(path.read_text(encoding="utf-8"))
+        if owner["host"] != platform.node():
+            return owner
+        if abs(psutil.Process(owner["pid"]).create_time() - owner["started"]) < 1:
+            return owner
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):  # being written at this moment, or never finished
+        if time.time() - path.stat().st_mtime < 5:
+            return {}
+    except psutil.Error:
+        pass
+    path.unlink(missing_ok=True)
+    return None
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Inside, a full, read-only or forbidden disk becomes a CourseError that says what to do."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        text, number = str(error), getattr(error, "errno", None)
+        place = next((p for p in (path, *path.parents) if p.exists()), path)
+        if (
+            number == errno.ENOSPC
+            or "os error 28" in text
+            or "No space left" in text
+            or (
+                "file write failed" in text  # torch's word for it
+            )
+        ):
+            free = shutil.disk_usage(place).free
+            raise CourseError(
+                f"磁盘满了（{place} 只剩 {size(free)}），这一次的没有写成，以前的都在。"
+                "请清出空间（05 里有清单），或者把 HUANHUAN_OUTPUT 设成别的磁盘上的目录，再运行一次。"
+            ) from None
+        if number in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise CourseError(
+                f"{place} 不能写：请把环境变量 HUANHUAN_OUTPUT 设成一个可以写的目录，再从 01 开始。"
+            ) from None
+        raise
+
+
+def check_adapter(folder: Path) -> None:
+    """Raises CourseError where an adapter's file is damaged, or holds no tensors, NaN or only zeros."""
+    file = folder / "adapter_model.safetensors"
+    try:
+        with safe_open(file, "pt") as tensors:
+            found = [tensors.get_tensor(name) for name in tensors.keys()]  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CourseError(f"适配器 {file} 读不出来（{error}）。") from None
+    if not found or not any(tensor.any() for tensor in found):
+        raise CourseError(f"适配器 {file} 里没有学到的东西，全是空的。")
+    if not all(tensor.isfinite().all() for tensor in found):
+        raise CourseError(
+            f"适配器 {file} 里有不是数的数（NaN），用不了：请用原来那一份，或者重新训练。"
+        )
+
+
+def size(count: float) -> str:
+    """So many bytes, in a unit that says something: ``9.0 MiB``."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _record(path: Path) -> Path:
+    return path / RECORD if path.is_dir() else path.with_name(f"{path.name}.{RECORD}")
+
+
+def _state(path: Path, names=None) -> dict[str, list[int]]:
+    """Size and time of every file of `path`, or of those named; hidden ones and links are passed over."""
+    if path.is_file():
+        found = {"": path}
+    else:
+        there = (file for file in path.rglob("*") if file.is_file() and not file.is_symlink())
+        found = {file.relative_to(path).as_posix(): file for file in there}
+        hidden = re.compile(r"(^|/)\.")
+        found = {
+            name: file
+            for name, file in sorted(found.items())
+            if name != RECORD and not hidden.search(name)
+        }
+    return {
+        name: [file.stat().st_size, file.stat().st_mtime_ns]
+        for name, file in found.items()
+        if names is None or name in names
+    }
+
+
+def _digest(path: Path, files) -> str:
+    """One hash of all those files' names and content."""
+    whole = hashlib.sha256()
+    for name in files:
+        file = path / name if name else path
+        length = file.stat().st_size
+        whole.update(f"{name}\0{length}\0".encode())
+        with file.open("rb") as content:
+            if length <= SAMPLED:
+                starts, step = range(0, length, 2**20), 2**20
+            else:
+                starts, step = (0, length // 2, length - 2**20), 2**20
+            for start in starts:
+                content.seek(start)
+                whole.update(content.read(step))
+    return whole.hexdigest()
 
 
 def write_json(path: Path, content: dict) -> None:
     """Write `content` beside `path` and rename it when whole: a crash leaves the old file."""
-    beside = path.with_name(f"{path.name}.new")
+    beside = path.with_name(f"{path.name}.{os.getpid()}.new")
     beside.write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
     beside.replace(path)
 

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from transformers import (
     TextIteratorStreamer,
 )
 
-from huanhuan.course import Course, CourseError, versions
+from huanhuan.course import Course, CourseError, check_adapter, writing
 from huanhuan.persona import CALLED, FACTS, NAME, QUESTIONS, SYSTEM_PROMPT, WHO
 from huanhuan.prompt import chat_messages, end_id, fit, frame, pad_token, prompt_ids
 
@@ -513,7 +514,11 @@ def client(tokenizer=None) -> str:
 
 def model_card(course: Course) -> str:
     """What the adapter is, was made from and can do, and the cell that runs it; Markdown."""
-    profile, results, model = course.profile, course.manifest["results"], course.path("model")
+    made, rows = course.record("adapter"), course.record("tokenized")["results"]
+    settings, results, model = made["settings"], made["results"], course.path("model")
+    if "answers" in course.manifest["files"]:
+        course.path("answers")
+        results = results | course.record("answers")["results"]
     tokenizer = AutoTokenizer.from_pretrained(course.path("adapter"))
     config, readme = {}, "".join(f.read_text(encoding="utf-8") for f in model.glob("README.md"))
     for file in sorted(model.glob("*config.json")):  # config.json, then generation_config.json
@@ -555,51 +560,89 @@ def model_card(course: Course) -> str:
         if "/" in course.base_name
         else "（把它的整个目录拷过来）",
         data=Path(course.manifest["files"].get("data", "")).name,
-        rows=results["train_rows"] + results["eval_rows"],
-        held=results["eval_rows"],
-        weights="4 位（nf4）" if profile.quantized else profile.dtype,
+        rows=rows["train_rows"] + rows["eval_rows"],
+        held=rows["eval_rows"],
+        weights="4 位（nf4）" if settings["quantized"] else settings["dtype"],
         scores="；".join(scores) or "还没有考过",
-        versions="，".join(f"{name} {version}" for name, version in versions().items()),
+        versions="，".join(f"{name} {version}" for name, version in made["versions"].items()),
         **{
-            name: getattr(profile, name)
+            name: settings[name]
             for name in ("lora_r", "lora_alpha", "lora_dropout", "epochs", "learning_rate")
         },
     )
 
 
-def pack(course: Course) -> Path:
-    """Zip adapter, tokenizer, model card and checksums into ``llama3_lora.zip``; returns its path.
+def pack(course: Course, target: Path) -> None:
+    """Zip adapter, tokenizer, model card and checksums into `target`.
 
-    In the run directory. Nothing in it names a path of this machine.
+    Only what the course made goes in, whatever else lies beside it; nothing in it names a path of
+    this machine.
     """
-    folder, target = course.path("adapter"), course.run_dir / "llama3_lora.zip"
-    (folder / "README.md").write_text(model_card(course), encoding="utf-8")
-    content = {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+    folder = course.path("adapter")
+    names = [*course.manifest["known"]["adapter"]["files"]]
+    names += ["scores.json"] * (folder / "scores.json").exists()
+    content = {name: (folder / name).read_bytes() for name in names}
+    content["README.md"] = model_card(course).encode()
     sums = [f"{hashlib.sha256(data).hexdigest()}  {name}" for name, data in content.items()]
     content["SHA256SUMS"] = ("\n".join(sums) + "\n").encode()
-    beside = target.with_suffix(".new")
-    with zipfile.ZipFile(beside, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in content.items():
             archive.writestr(f"{folder.name}/{name}", data)
-    beside.replace(target)
-    return target
+
+
+LARGEST = 4 * 2**30  # bytes that a pack may unfold to: an adapter of the 3B with r = 256 is 1.6 GiB
+DENSEST = 200  # times that a file in it may unfold: weights hardly shrink, texts some ten times
 
 
 def unpack(archive: Path, folder: Path) -> Path:
-    """Unzip a pack into `folder` and check it; returns the adapter's directory.
+    """Unzip a pack into `folder`, anew, and check it; returns the adapter's directory.
 
-    Raises CourseError where a file is damaged or missing.
+    Raises CourseError where a file is damaged, missing, too many or too large, where the adapter
+    holds no numbers, or where something that is no pack lies in `folder`.
     """
+    if folder.exists() and {path.name for path in folder.iterdir()} - {"llama3_lora"}:
+        raise CourseError(f"{folder} 里有别的东西，不往里解压：请换一个空目录。")
+    adapter, found = folder / "llama3_lora", {}
     try:
         with zipfile.ZipFile(archive) as packed:
-            packed.extractall(folder)
-        adapter = folder / "llama3_lora"
-        for line in (adapter / "SHA256SUMS").read_text(encoding="utf-8").splitlines():
+            members = packed.infolist()
+            if sum(one.file_size for one in members) > LARGEST or any(
+                one.file_size > max(one.compress_size * DENSEST, 2**20) for one in members
+            ):
+                raise CourseError(f"{archive.name} 解开来大得不像适配器，不解压它。")
+            for one in members:
+                start, _, name = one.filename.partition("/")
+                if start != "llama3_lora" or not re.fullmatch(r"\w[\w.-]*", name):
+                    raise CourseError(
+                        f"{archive.name} 里有不该有的文件 {one.filename[:60]!r}，不用它。"
+                    )
+                with packed.open(one) as content:
+                    found[name] = content.read(one.file_size + 1)
+        listed = {}
+        for line in found.pop("SHA256SUMS").decode().splitlines():
             expected, name = line.split("  ", 1)
-            if hashlib.sha256((adapter / name).read_bytes()).hexdigest() != expected:
+            listed[name] = expected
+        if listed.keys() != found.keys():
+            odd = "、".join(sorted(listed.keys() ^ found.keys()))[:200]
+            raise CourseError(f"{archive.name} 里的文件与校验和清单对不上（{odd}）：请重新下载。")
+        for name, data in found.items():
+            if hashlib.sha256(data).hexdigest() != listed[name]:
                 raise CourseError(f"{archive.name} 里的 {name} 与校验和不符：请重新下载。")
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        NotImplementedError,
+        zlib.error,
+        zipfile.BadZipFile,
+    ) as error:
         raise CourseError(f"{archive.name} 不完整（{error}）：请重新下载。") from None
+    with writing(folder):
+        shutil.rmtree(adapter, ignore_errors=True)
+        adapter.mkdir(parents=True)
+        for name, data in found.items():
+            (adapter / name).write_bytes(data)
+    check_adapter(adapter)
     return adapter
 
 

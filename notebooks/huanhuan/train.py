@@ -7,7 +7,10 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
+import signal
+import threading
 import time
 import zipfile
 from collections.abc import Iterator
@@ -23,7 +26,6 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import should_reduce_batch_size
 from peft import LoraConfig, get_peft_model
-from safetensors import SafetensorError, safe_open
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
@@ -32,7 +34,17 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from huanhuan import CourseError
-from huanhuan.course import ROWS_PER_STEP, SHARDED, Course, Profile, peak_memory_gib, write_json
+from huanhuan.course import (
+    RANK,
+    ROWS_PER_STEP,
+    SHARDED,
+    Course,
+    Profile,
+    check_adapter,
+    peak_memory_gib,
+    write_json,
+    writing,
+)
 from huanhuan.prompt import fixed_template
 
 GIB = 2**30
@@ -629,13 +641,50 @@ class Progress(transformers.TrainerCallback):
             self.said = now
 
 
-class CourseTrainer(transformers.Trainer):
-    """transformers' Trainer, whose training neither a crash nor a lack of memory brings to nothing.
+class Stop(transformers.TrainerCallback):
+    """Lets the step that is running end, saves and stops, at ■ (SIGINT) or SIGTERM.
 
-    A checkpoint is written beside its place and renamed when whole. Out of memory, training goes on
-    from the last step with half the micro-batch and twice the accumulation, in the end with
-    activation checkpointing. And the last step of an epoch is filled up with rows that have no
-    label, so that however a step is split, among processes too, all do the same.
+    And gives every step a seed of its own, so that dropout does not depend on where a training was
+    cut off. A second ■ does not wait for the step.
+    """
+
+    def __init__(self):
+        self.asked, self._former = False, {}
+
+    def on_train_begin(self, args, state, control, **_):
+        self.asked = False
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._former[number] = signal.signal(number, self._ask)
+
+    def _ask(self, number, frame):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("收到，这一步算完就停……")
+
+    def give_back(self) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+        self._former = {}
+
+    def on_step_begin(self, args, state, control, **_):
+        torch.manual_seed(args.seed + state.global_step * PROCESSES + RANK)
+
+    def on_step_end(self, args, state, control, **_):
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+
+
+class CourseTrainer(transformers.Trainer):
+    """transformers' Trainer, whose training nothing that happens on the way brings to nothing.
+
+    Every :meth:`train` starts from the adapter as it was when the trainer was made, or goes on from
+    a checkpoint exactly where that was written. A checkpoint is written beside its place and
+    renamed when whole. Out of memory, training goes on from the last step with half the micro-batch
+    and twice the accumulation, in the end with activation checkpointing. A loss that is no number
+    ends it. And the last step of an epoch is filled up with rows that have no label, so that however
+    a step is split, among processes too, all do the same.
     """
 
     def __init__(self, *, args, train_dataset, **others):
@@ -644,6 +693,16 @@ class CourseTrainer(transformers.Trainer):
         super().__init__(args=args, train_dataset=_fill_last_step(train_dataset), **others)
         self.remove_callback(transformers.PrinterCallback)
         self.add_callback(Progress())
+        self.stop = Stop()
+        self.add_callback(self.stop)
+        fresh = {
+            name: p.detach().cpu().clone()
+            for name, p in self.model.named_parameters()
+            if p.requires_grad and not SHARDED
+        }
+        if getattr(self.model, "active_adapter", "") == "default":  # a second trainer's is trained
+            fresh = self.model.__dict__.setdefault("fresh_adapter", fresh)
+        self._fresh = fresh
         self.split = Split(args.per_device_train_batch_size, bool(args.gradient_checkpointing))
         self._beside = None
 
@@ -651,18 +710,56 @@ class CourseTrainer(transformers.Trainer):
         # accelerate takes a model that has been evaluated for prepared, and would not give it to
         # DDP: the processes would train apart, each on its share, without a word.
         self.model._is_accelerate_prepared = False
+        folder = Path(self.args.output_dir)
         while True:
+            self.optimizer = self.lr_scheduler = None  # those of a training before know its steps
+            if resume_from_checkpoint is None:
+                with torch.no_grad():
+                    for name, p in self.model.named_parameters():
+                        if name in self._fresh:
+                            p.copy_(self._fresh[name])
             try:
-                return super().train(resume_from_checkpoint=resume_from_checkpoint, **others)
+                with writing(folder):
+                    result = super().train(resume_from_checkpoint=resume_from_checkpoint, **others)
+                if self.stop.asked:
+                    raise CourseError(
+                        f"停在第 {self.state.global_step} 步，已存好；再运行这一格就接着训练。"
+                    )
+                return result
+            except KeyboardInterrupt:
+                saved = max(map(_step, _checkpoints(folder)), default=0)
+                raise CourseError(
+                    f"马上停了，第 {self.state.global_step + 1} 步没有算完；存好的是第 {saved} 步。"
+                    "再运行这一格，就从那里接着训练。"
+                ) from None
             except (RuntimeError, MemoryError) as error:
                 smaller = self.split.smaller()
                 if not out_of_memory(error):
                     raise
                 if smaller is None or PROCESSES > 1:  # the others wait for this one in vain
                     raise CourseError(TOO_BIG) from None
+            finally:
+                self.stop.give_back()
             # Not within `except`: the error's traceback holds on to the batch that was too big.
             print(f"第 {self.state.global_step + 1} 步内存不够，改成 {smaller}，从这一步接着训练。")
             resume_from_checkpoint = self._go_on_with(smaller)
+
+    def training_step(self, *args, **others):
+        loss = super().training_step(*args, **others)
+        if not torch.isfinite(loss):
+            raise CourseError(
+                f"第 {self.state.global_step + 1} 步的损失是 {loss.item()}，训练停下来，什么也没有覆盖。"
+                f"多半是学习率 {self.args.learning_rate:g} 太大：回到 01 改小它（一般不超过 1e-2），再运行 03。"
+                f"这一步用的是训练集的第 {'、'.join(map(str, self._rows_of_this_step()))} 条（从 0 数起），也看看它们。"
+            )
+        return loss
+
+    def _rows_of_this_step(self) -> list[int]:
+        sampler = DialogueSampler(self.train_dataset, self.args.seed)
+        steps = len(self.train_dataset) // ROWS_PER_STEP
+        sampler.set_epoch(self.state.global_step // steps)
+        first = self.state.global_step % steps * ROWS_PER_STEP
+        return sorted([*sampler][first : first + ROWS_PER_STEP])
 
     def _go_on_with(self, split: Split) -> str | None:
         """Change to `split`; returns a checkpoint of the last whole step, None before the first."""
@@ -707,8 +804,8 @@ class CourseTrainer(transformers.Trainer):
         (folder / "unfinished" / name).rename(folder / name)
         shutil.rmtree(folder / "unfinished")
         if self.args.save_total_limit:
-            written = sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime_ns)
-            for old in written[: -self.args.save_total_limit]:
+            # By their steps: a clock may go back.
+            for old in _checkpoints(folder)[: -self.args.save_total_limit]:
                 shutil.rmtree(old)
 
 
@@ -722,6 +819,18 @@ def _fill_last_step(rows):
         filler = datasets.Dataset.from_list([one] * lacking, features=rows.features)
         return datasets.concatenate_datasets([rows, filler])
     return [*rows, *[one] * lacking]
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Those in `folder`, the first step first."""
+    found = [
+        path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)
+    ]
+    return sorted(found, key=_step)
 
 
 def _plain(recipe: dict) -> dict:
@@ -744,7 +853,7 @@ def _unfinished(folder: Path, recipe: dict) -> dict | None:
         return None
     if written.get("recipe") != _plain(recipe):
         return None
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    found = _checkpoints(folder)
     whole = [path for path in found if _is_whole(path)]
     damaged = [path for path in found if path not in whole]
     if whole:
@@ -782,14 +891,13 @@ def resume_point(course: Course, recipe: dict, split: Split) -> Path | None:
 def _is_whole(checkpoint: Path) -> bool:
     try:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        with safe_open(checkpoint / "adapter_model.safetensors", "pt") as file:
-            file.keys()
+        check_adapter(checkpoint)
         for name in ("optimizer.pt", "scheduler.pt"):
             if zipfile.ZipFile(checkpoint / name).testzip():
                 return False
         states = list(checkpoint.glob("rng_state*.pth"))
         return bool(states) and not any(zipfile.ZipFile(path).testzip() for path in states)
-    except (OSError, ValueError, SafetensorError, zipfile.BadZipFile):
+    except (OSError, ValueError, CourseError, zipfile.BadZipFile):
         return False
 
 
@@ -803,8 +911,11 @@ def make_portable(adapter_dir: Path, base_name: str) -> None:
     - The chat template would write today's date into every prompt, or think aloud: it gets what the
       training had (prompt.fixed_template).
     - The Trainer's own arguments, full of paths, are taken out.
+
+    Raises CourseError where the adapter holds no tensors, or numbers that are none.
     """
     folder = Path(adapter_dir)
+    check_adapter(folder)
     (folder / "training_args.bin").unlink(missing_ok=True)
 
     defaults = LoraConfig().to_dict()
