@@ -22,21 +22,22 @@ def _settle_paths() -> None:
     """Make relative paths in ``HUANHUAN_*`` absolute: a notebook does not run where it was called.
 
     They are looked for from the project's root, where ``make`` is called, then from the current
-    directory. What is found in neither (a hub id, a wrong path) is left as it is.
+    directory. What is found in neither (a hub id, a wrong path) is left as it is. Quotes and blanks
+    around a value, as some shells leave them there, are no part of it.
     """
-    for name in ("HUANHUAN_DATA", "HUANHUAN_MODEL", "HUANHUAN_PERSONA"):
-        value = os.environ.get(name, "")
-        found = [
-            start / value
-            for start in (NOTEBOOKS.parent, Path.cwd())
-            if value and (start / value).exists()
-        ]
-        if found:
-            os.environ[name] = str(found[0].resolve())
-    if os.environ.get("HUANHUAN_OUTPUT"):
-        os.environ["HUANHUAN_OUTPUT"] = str(
-            (NOTEBOOKS.parent / os.environ["HUANHUAN_OUTPUT"]).resolve()
-        )
+    for name in ("HUANHUAN_DATA", "HUANHUAN_MODEL", "HUANHUAN_PERSONA", "HUANHUAN_OUTPUT"):
+        given = os.environ.get(name, "")
+        value = given.strip().strip("\"'“”").strip()
+        if value != given:
+            print(f"环境变量 {name} 两边的引号和空白不算在内，用的是：{value}")
+        value = os.path.expanduser(value)
+        places = [place / value for place in (NOTEBOOKS.parent, Path.cwd())]
+        if name == "HUANHUAN_OUTPUT" and value:
+            value = str(places[0].resolve())
+        elif value and (found := [place for place in places if place.exists()]):
+            value = str(found[0].resolve())
+        if given:
+            os.environ[name] = value
 
 
 _settle_paths()

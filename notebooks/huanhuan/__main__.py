@@ -11,6 +11,7 @@ import base64
 import html
 import json
 import mimetypes
+import os
 import re
 import sys
 import time
@@ -24,9 +25,12 @@ from nbconvert import HTMLExporter
 from huanhuan import NOTEBOOKS, CourseError
 
 try:
-    from huanhuan.course import Course, choose_profile, machine, versions
+    from huanhuan.course import ARTEFACTS, Course, choose_profile, machine, versions, writing
 except CourseError as error:  # a bad persona file
     sys.exit(f"⛔ {error}")
+
+
+BOOKS = [*dict.fromkeys(what.made_by for what in ARTEFACTS.values()), "05_cleanup"]
 
 
 class Client(NotebookClient):
@@ -60,10 +64,10 @@ def run(path: Path, out: Path) -> None:
         failure = error
     except DeadKernelError:
         failure = CourseError(
-            f"{path.name} 的内核死了，多半是内存不够：关掉别的程序，再运行一次；还不行，换一个小一些的模型。"
+            f"{path.name} 的内核死了，多半是内存不够：关掉别的程序，再运行一次，训练会从存好的地方接着来；"
+            "还不行，换一个小一些的模型。"
         )
     if out.parent.exists():  # a run that was refused at its first step leaves nothing behind
-        out.mkdir(exist_ok=True)
         stamp = " · ".join([
             time.strftime("%Y-%m-%d %H:%M"), machine(), *(f"{k} {v}" for k, v in versions().items()),
             f"{time.time() - started:.0f} 秒",
@@ -73,9 +77,16 @@ def run(path: Path, out: Path) -> None:
         )
         notebook.cells.insert(0, note)
         attach_pictures(notebook)
-        nbformat.write(notebook, out / path.name)
-        body, _ = HTMLExporter().from_notebook_node(notebook, {"metadata": {"name": path.stem}})
-        (out / f"{path.stem}.html").write_text(body, encoding="utf-8")
+        try:
+            with writing(out):
+                out.mkdir(exist_ok=True)
+                nbformat.write(notebook, out / path.name)
+                body, _ = HTMLExporter().from_notebook_node(
+                    notebook, {"metadata": {"name": path.stem}}
+                )
+                (out / f"{path.stem}.html").write_text(body, encoding="utf-8")
+        except CourseError as error:  # the notebook's own failure is what matters
+            failure = failure or error
     if isinstance(failure, CourseError):
         raise failure
     if failure:
@@ -142,7 +153,7 @@ SCRIPT_HEAD = """# Made from {name}.ipynb by: python -m huanhuan script {name}
 import os
 import sys
 
-os.chdir(os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+os.chdir(os.path.join(os.path.dirname(os.path.abspath(__file__)), {back!r}))
 sys.path.insert(0, os.getcwd())
 if int(os.environ.get("RANK", 0)) > 0:
     sys.stdout = open(os.devnull, "w")  # the first process speaks for all
@@ -160,15 +171,17 @@ def script(path: Path) -> Path:
         for cell in nbformat.read(path, as_version=4).cells
         if cell.cell_type == "code" and "notebook-only" not in cell.metadata.get("tags", [])
     ]
-    target = NOTEBOOKS / "output" / f"{path.stem}.py"
-    target.parent.mkdir(exist_ok=True)
-    text = "\n\n".join([SCRIPT_HEAD.format(name=path.stem), *cells, SCRIPT_TAIL])
-    target.write_text(text, encoding="utf-8")
+    folder = Path(os.environ.get("HUANHUAN_OUTPUT") or NOTEBOOKS / "output")
+    target, back = folder / f"{path.stem}.py", os.path.relpath(NOTEBOOKS, folder)
+    text = "\n\n".join([SCRIPT_HEAD.format(name=path.stem, back=back), *cells, SCRIPT_TAIL])
+    with writing(target):
+        folder.mkdir(parents=True, exist_ok=True)
+        target.write_text(text, encoding="utf-8")
     return target
 
 
 def main(names: list[str]) -> None:
-    books = sorted(NOTEBOOKS.glob("0*.ipynb"))
+    books = [NOTEBOOKS / f"{name}.ipynb" for name in BOOKS]
     wants_script = names[:1] == ["script"]
     names = names[wants_script:]
     unknown = set(names) - {path.stem for path in books}
@@ -179,7 +192,7 @@ def main(names: list[str]) -> None:
     if wants_script:
         for path in books:
             if path.stem in names:
-                print(script(path).relative_to(NOTEBOOKS))
+                print(os.path.relpath(script(path)))
         return
     started = time.time()
     print(f"档位：{'，'.join(choose_profile())}")
@@ -206,7 +219,11 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal's encoding may lack what an answer holds
     try:
         main(sys.argv[1:])
     except CourseError as error:
         sys.exit(f"\n⛔ {error}")
+    except KeyboardInterrupt:
+        sys.exit("\n⛔ 停下来了，做完的都在；再运行一次，训练会从存好的地方接着来。")

@@ -53,6 +53,7 @@ ARTEFACTS = {
     "answers": Artefact("答卷", "04_infer", "answers.json", ("model", "tokenized", "adapter")),
     "pack": Artefact("压缩包", "04_infer", "llama3_lora.zip", ("adapter",)),
 }  # fmt: skip
+HANDED_ON = ("files", "known", "notebooks")  # the parts of the manifest that all add to
 RECORD = "made.json"
 SAMPLED = 2**28  # bytes: of a larger file the beginning, the middle and the end are hashed
 
@@ -121,6 +122,42 @@ CPU_ONLY_TORCH = (
     "这台机器有 NVIDIA 显卡，装的却是 CPU 版的 torch，用不上它。换成带 CUDA 的：在 Linux 上运行 "
     "pip install --upgrade --force-reinstall torch，再重启内核（Windows 请用 PyTorch 官网按显卡给出的那条命令）"
 )
+
+
+# (least, most) of the settings that are numbers.
+LIMITS = {
+    "max_length": (64, 131072), "max_rows": (2, 10**9), "micro_batch": (1, 16),
+    "epochs": (1, 1000), "learning_rate": (1e-9, 1e9), "lora_r": (1, 1024),
+    "lora_alpha": (1, 65536), "lora_dropout": (0, 0.99), "logging_steps": (1, 10**6),
+    "save_steps": (1, 10**6),
+}  # fmt: skip
+
+
+def _check_settings(given: dict) -> None:
+    """Raises CourseError for a setting that Profile does not have, or a value that cannot be."""
+    known = {
+        f.name: f.type.__name__ if isinstance(f.type, type) else str(f.type)
+        for f in fields(Profile)
+    }
+    if unknown := sorted(map(str, given.keys() - known.keys())):
+        raise CourseError(
+            f"档位里没有 {'、'.join(unknown)} 这一项，可以改的有：{'、'.join(known)}。"
+        )
+    kinds = {"int": int, "float": int | float, "bool": bool, "str": str}
+    for name, value in given.items():
+        optional, kind = "None" in known[name], known[name].split(" ")[0]
+        if value is None and optional:
+            continue
+        right = isinstance(value, kinds[kind]) and (kind == "bool" or not isinstance(value, bool))
+        least, most = LIMITS.get(name, (None, None))
+        if right and least is not None:
+            right = least <= value <= most  # NaN is within nothing
+        if not right or (kind == "str" and not value.strip()):
+            wanted = {"int": "整数", "float": "数", "bool": "True 或 False", "str": "文字"}[kind]
+            wanted += f"，从 {least:g} 到 {most:g}" if least is not None else ""
+            raise CourseError(
+                f"{name}={value!r} 不行：要写{wanted}。请改 Course.start(...) 或角色文件里的 profile。"
+            )
 
 
 def idle_gpu() -> bool:
@@ -242,9 +279,11 @@ class Course:
     before the first :meth:`keep`.
     """
 
-    def __init__(self, profile: Profile, reason: str, run_dir: Path, manifest: dict):
+    def __init__(
+        self, profile: Profile, reason: str, run_dir: Path, manifest: dict, starts: bool = False
+    ):
         self.profile, self.reason, self.run_dir, self.manifest = profile, reason, run_dir, manifest
-        self._opened, self._locked = time.time(), False
+        self._opened, self._locked, self._starts = time.time(), False, starts
 
     @property
     def base_name(self) -> str:
@@ -289,12 +328,7 @@ class Course:
         Raises CourseError for an unknown field or profile.
         """
         overrides = PERSONA.get("profile", {}) | overrides
-        unknown = set(overrides) - {f.name for f in fields(Profile)}
-        if unknown:
-            known = "、".join(f.name for f in fields(Profile))
-            raise CourseError(
-                f"档位里没有 {'、'.join(sorted(unknown))} 这一项，可以改的有：{known}。"
-            )
+        _check_settings(overrides)
         name, reason = choose_profile()
         if os.environ.get("HUANHUAN_MODEL"):
             overrides = {"model": os.environ["HUANHUAN_MODEL"]} | overrides
@@ -308,9 +342,9 @@ class Course:
             "machine": machine(),
             "versions": versions(),
         }
-        for part in ("files", "known", "notebooks"):
+        for part in HANDED_ON:
             manifest[part] = old.get(part, {})
-        return cls(profile, reason, run_dir, manifest)
+        return cls(profile, reason, run_dir, manifest, starts=True)
 
     @classmethod
     def resume(cls, *needs: str) -> "Course":
@@ -473,8 +507,9 @@ class Course:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             with _lock(self.run_dir / "manifest.lock", "清单", patience=10):
                 now = _read(self.run_dir) or {}
-                for part in ("files", "known", "notebooks"):
-                    self.manifest[part] = now.get(part, self.manifest[part])
+                # What 01 decided stands as it was last decided; the rest is added to.
+                kept = HANDED_ON if self._starts else now
+                self.manifest |= {part: now[part] for part in kept if part in now}
                 change(self.manifest)
                 write_json(self.run_dir / "manifest.json", self.manifest)
 

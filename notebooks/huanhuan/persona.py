@@ -23,13 +23,19 @@ def read_persona(file: Path) -> dict:
         persona = json.loads(file.read_text(encoding="utf-8"))
         kinds = _FIELDS | {name: kind for name, kind in _OPTIONAL.items() if name in persona}
         wrong = [name for name, kind in kinds.items() if not isinstance(persona.get(name), kind)]
+        texts = {name: persona.get(name) for name in ("name", "system_prompt", "dataset")}
+        wrong += [
+            name for name, text in texts.items() if isinstance(text, str) and not text.strip()
+        ]
+        if not all(isinstance(word, str) and word.strip() for word in persona.get("called") or [0]):
+            wrong.append("called")
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise CourseError(
             f"角色文件 {file} 读不出来（{error}）：请检查 HUANHUAN_PERSONA。"
         ) from None
     if wrong:
         raise CourseError(
-            f"角色文件 {file.name} 里缺少 {'、'.join(wrong)}，或者类型不对：照 data/persona_huanhuan.json 的样子写。"
+            f"角色文件 {file.name} 里缺少 {'、'.join(dict.fromkeys(wrong))}，或者类型不对：照 data/persona_huanhuan.json 的样子写。"
         )
     for number, fact in enumerate(persona.get("facts", []), 1):
         lists = [fact.get(part) for part in ("ask", "expected")] if isinstance(fact, dict) else [0]

@@ -17,7 +17,7 @@ import pandas as pd
 from huanhuan import NOTEBOOKS, CourseError
 from huanhuan.course import CPU_ONLY_TORCH, SMALL_MEMORY_GIB, Course, gpu_name, idle_gpu
 from huanhuan.persona import SAMPLE
-from huanhuan.prompt import check_template, end_id, pad_token
+from huanhuan.prompt import check_template, end_id, pad_token, prompt_ids
 from huanhuan.reader import fill_placeholders
 
 REQUIREMENTS = NOTEBOOKS.parent / "requirements.txt"
@@ -134,7 +134,8 @@ def dataset_file(course: Course, typed: str = "") -> Path:
     The first there is of: `typed` in the notebook, ``HUANHUAN_DATA``, the newest upload, the
     course's sample. Raises CourseError where a file that was named does not exist.
     """
-    uploads = sorted((course.run_dir / "uploads").glob("*"), key=lambda path: path.stat().st_mtime)
+    uploads = [path for path in (course.run_dir / "uploads").glob("[!.]*") if path.is_file()]
+    uploads.sort(key=lambda path: path.stat().st_mtime)
     if typed:
         asked, whose = typed, "你在这一格里写的"
     elif os.environ.get("HUANHUAN_DATA"):
@@ -145,8 +146,11 @@ def dataset_file(course: Course, typed: str = "") -> Path:
         asked, whose = SAMPLE, "课程自带的样例"
     path = Path(asked).expanduser().resolve()
     if not path.is_file():
+        places = [place / asked for place in (Path.cwd(), NOTEBOOKS.parent)]
+        path = next((place.resolve() for place in places if place.is_file()), path)
+    if not path.is_file():
         raise CourseError(
-            f"找不到数据集 {asked}（完整路径 {path}）：请检查文件名，相对路径从笔记本所在的目录算起。"
+            f"找不到数据集 {asked}：请检查文件名。找过的地方是 {'、'.join(map(str, places))}。"
         )
     print(f"数据集：{path.name}（{whose}）")
     return path
@@ -242,6 +246,12 @@ def look_at_model(course: Course) -> str:
             )
         raise CourseError(f"{model} 里没有权重（*.safetensors）：请检查名字，或者重新下载。")
     tokenizer = check_kind(folder)
+    taken = len(prompt_ids(tokenizer, ""))
+    if taken + 16 > course.profile.max_length:
+        raise CourseError(
+            f"角色的提示词连同格式已经占了 {taken} 个词元，max_length={course.profile.max_length} "
+            "里放不下问题和回答：请把提示词写短，或者用 Course.start(max_length=…) 改大。"
+        )
     room = shutil.disk_usage(folder).free
     here = sum(path.stat().st_size for path in Path(folder).rglob("*.safetensors"))
     if weights - here > room:
