@@ -113,16 +113,15 @@ def attach_pictures(notebook: nbformat.NotebookNode) -> None:
 
 def report(course: Course, answers: list[dict]) -> str:
     """The report card, as Markdown text."""
-    from huanhuan.infer import FOUR, share  # not above: the runner itself needs no torch
+    from huanhuan.infer import FOUR, plain, share  # not above: the runner itself needs no torch
 
     results = course.record("adapter")["results"] | course.record("answers")["results"]
     lines = ["", f"# 成绩单（{course.profile.name}，{machine()}）", ""]
     # the question that was trained on, ordinary life, who she is and what only the data tells
     shown = [*answers[:4], *answers[-6:]]
     lines += [f"| 问题 | {' | '.join(FOUR.values())} |", "|---" * 5 + "|"]
-    cell = lambda text: text.replace("|", "\\|").replace("\n", " ")  # noqa: E731
     lines += [
-        "| " + " | ".join(cell(answer[name]) for name in ("question", *FOUR)) + " |"
+        "| " + " | ".join(plain(answer[name]) for name in ("question", *FOUR)) + " |"
         for answer in shown
     ]
     before, after = results["eval_loss_before"], results["eval_loss_after"]

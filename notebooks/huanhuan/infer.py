@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import html
 import json
 import logging
 import math
@@ -26,7 +27,7 @@ from transformers import (
     TextIteratorStreamer,
 )
 
-from huanhuan.course import Course, CourseError, check_adapter, writing
+from huanhuan.course import Course, CourseError, check_adapter, write_json, writing
 from huanhuan.persona import CALLED, FACTS, NAME, QUESTIONS, SYSTEM_PROMPT, WHO
 from huanhuan.prompt import chat_messages, end_id, fit, frame, pad_token, prompt_ids
 
@@ -334,6 +335,7 @@ class Chat:
     def __init__(self, model, tokenizer, folder: Path, context: int = 1024):
         self.model, self.tokenizer, self.folder, self.context = model, tokenizer, folder, context
         self.turns: list[tuple[str, str]] = []
+        self._hers: list[bool] = []  # of every turn: the tuned model's, and whole
         self.tuned = True
         self._stop = threading.Event()
 
@@ -356,20 +358,22 @@ class Chat:
         inputs = torch.tensor([ids], device=self.model.device)
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._stop.clear()
-        failure = []
+        failure, ended = [], []
 
         def work():
             try:
                 if seed is not None:
                     torch.manual_seed(seed)
                 with contextlib.nullcontext() if self.tuned else self.model.disable_adapter():
-                    self.model.generate(
+                    output = self.model.generate(
                         input_ids=inputs,
                         attention_mask=torch.ones_like(inputs),
                         streamer=streamer,
                         stopping_criteria=StoppingCriteriaList([_Stop(self._stop)]),
                         **settings,
                     )
+                ends = self.model.generation_config.eos_token_id
+                ended.append(self.tuned and int(output[0, -1]) in ends)
             except BaseException as error:  # shown to the learner by the thread that reads
                 failure.append(error)
                 streamer.end()
@@ -387,6 +391,7 @@ class Chat:
         if failure:
             raise failure[0]
         self.turns.append((question, reply.strip()))
+        self._hers.append(any(ended) and bool(reply.strip()))
 
     def stop(self) -> None:
         """End the reply that is being generated, at the next token."""
@@ -394,25 +399,33 @@ class Chat:
 
     def new(self) -> None:
         """Forget the conversation."""
-        self.turns = []
+        self.turns, self._hers = [], []
 
     def save(self) -> Path:
         """Write the conversation as a dataset of one dialogue (messages); returns the file.
+
+        Only what the tuned model said, and said to its end: the rest is no example to learn from.
 
         Raises CourseError where nothing has been said yet.
         """
         if not self.turns:
             raise CourseError("还没有说过话，没有可以保存的。")
-        texts = [text for turn in self.turns for text in turn]
-        roles = ("user", "assistant") * len(self.turns)
-        spoken = zip(roles, texts, strict=True)
-        rows = [{"messages": [{"role": role, "content": text} for role, text in spoken]}]
+        kept = [turn for turn, hers in zip(self.turns, self._hers, strict=True) if hers]
+        if left := len(self.turns) - len(kept):
+            print(f"微调前的回答、没说完的回答不存：少了 {left} 轮。")
+        if not kept:
+            raise CourseError("没有一句是微调后的模型完整说完的，没有可以保存的。")
+        said = [
+            {"role": role, "content": text}
+            for turn in kept
+            for role, text in zip(("user", "assistant"), turn, strict=True)
+        ]
         self.folder.mkdir(parents=True, exist_ok=True)
         number = 1
         stem = time.strftime("chat-%Y%m%d-%H%M%S")
         while (path := self.folder / f"{stem}-{number}.json").exists():
             number += 1
-        path.write_text(json.dumps(rows, ensure_ascii=False, indent=2), encoding="utf-8")
+        write_json(path, [{"messages": said}])
         return path
 
     def loop(self) -> None:
@@ -504,12 +517,18 @@ def _messages(question: str, tokenizer=None) -> str:
     *system, asked = chat_messages("", tokenizer)
     told = f"{asked['content']!r} + {question}" if asked["content"] else question
     head = "".join(f'{{"role": "system", "content": {one["content"]!r}}}, ' for one in system)
-    return f'[{head}{{"role": "user", "content": {told}}}]'
+    # Three backticks would end the block of code that this stands in.
+    return f'[{head}{{"role": "user", "content": {told}}}]'.replace("`", r"\x60")
 
 
 def client(tokenizer=None) -> str:
     """Markdown: how a program asks a server that has the tuned model, by the OpenAI interface."""
     return CLIENT.format(messages=_messages(repr(WHO), tokenizer))
+
+
+def plain(text: str) -> str:
+    """`text` as it is, for a line of Markdown: nothing in it is markup or begins a new line."""
+    return re.sub(r"([\\`*_{}\[\]#|~])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
 def model_card(course: Course) -> str:
@@ -545,10 +564,10 @@ def model_card(course: Course) -> str:
     return MODEL_CARD.format(
         base=course.base_name,
         license=license,
-        title=(f"{llama[0].capitalize()}-" if llama else "") + f"{NAME} LoRA",
+        title=(f"{llama[0].capitalize()}-" if llama else "") + f"{plain(NAME)} LoRA",
         licence_note="**Built with Llama.** 使用时请遵守基座的 Llama 社区许可。" if llama else "",
-        name=NAME,
-        system_prompt=SYSTEM_PROMPT,
+        name=plain(NAME),
+        system_prompt=plain(SYSTEM_PROMPT),
         client=client(tokenizer),
         messages=_messages("question", tokenizer),
         questions=repr([WHO, *QUESTIONS["daily"][:1]]),
@@ -559,7 +578,7 @@ def model_card(course: Course) -> str:
         f"{course.base_name.split('/')[-1]}`，先 `pip install modelscope`）"
         if "/" in course.base_name
         else "（把它的整个目录拷过来）",
-        data=Path(course.manifest["files"].get("data", "")).name,
+        data=plain(Path(course.manifest["files"].get("data", "")).name),
         rows=rows["train_rows"] + rows["eval_rows"],
         held=rows["eval_rows"],
         weights="4 位（nf4）" if settings["quantized"] else settings["dtype"],
