@@ -159,32 +159,188 @@ def test_overrides_last_until_the_next_start(run_dir):
     assert Course.resume().profile.epochs == 1
 
 
-def test_other_data_makes_later_results_stale(run_dir, tmp_path):
-    first, second = tmp_path / "a.json", tmp_path / "b.json"
-    first.write_text("[]"), second.write_text("[]")
+@pytest.fixture
+def brought(run_dir, tmp_path):
+    """A course with a dataset and a model, a file and a folder of a few bytes each."""
+    data, model = tmp_path / "a.json", tmp_path / "model"
+    data.write_text("[]")
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"weights")
     course = Course.start()
-    course.keep("data", first)
-    (run_dir / "tokenized").mkdir()
-    course.keep("tokenized", run_dir / "tokenized")
+    course.keep("data", data)
+    course.keep("model", model)
+    return course, data, model
 
-    again = Course.start()
-    again.keep("data", first)
-    assert Course.resume("tokenized")
 
-    again.keep("data", second)
-    with pytest.raises(CourseError, match="02_preprocess"):
+def make(course, *names):
+    for name in names:
+        content = f"{name} of {course.path('data').read_text()}"
+        with course.making(name, made_by_test=1) as path:
+            (path / "rows" if path.is_dir() else path).write_text(content)
+
+
+ALL = ("tokenized", "adapter", "answers", "pack")
+
+
+def test_what_is_made_is_taken_with_its_record(brought):
+    course, *_ = brought
+    make(course, *ALL)
+    again = Course.resume(*ALL)
+    assert again.path("adapter") == course.run_dir / "llama3_lora"
+    record = again.record("adapter")
+    assert record["results"] == {"made_by_test": 1}
+    assert record["settings"]["lora_r"] == 8 and record["of"].keys() == {"model", "tokenized"}
+    assert not [*course.run_dir.glob("unfinished*")]
+    assert not [*course.run_dir.glob("*.lock")]
+
+
+@pytest.mark.parametrize(
+    "change, broken, says",
+    [
+        (lambda run, data, model: data.write_text("[1]"), "tokenized", "数据集.*01_setup"),
+        (lambda run, data, model: (model / "model.safetensors").write_bytes(b"others!"),
+         "adapter", "模型.*01_setup"),
+        (lambda run, data, model: (run / "tokenized" / "rows").write_text("x"),
+         "adapter", "处理好的数据.*02_preprocess"),
+        (lambda run, data, model: (run / "llama3_lora" / "rows").unlink(),
+         "pack", "适配器.*不完整.*03_train_lora"),
+        (lambda run, data, model: (run / "llama3_lora" / "made.json").write_text("{"),
+         "adapter", "03_train_lora"),
+        (lambda run, data, model: Course.start(max_length=256).keep("data", data),
+         "tokenized", "max_length=384.*256.*02_preprocess"),
+        (lambda run, data, model: Course.start(lora_r=64).keep("data", data),
+         "adapter", "lora_r=8.*64.*03_train_lora"),
+    ],
+)  # fmt: skip
+def test_what_no_longer_holds_is_named_with_the_notebook_to_run(brought, change, broken, says):
+    course, data, model = brought
+    make(course, *ALL)
+    change(course.run_dir, data, model)
+    with pytest.raises(CourseError, match=says):
+        Course.resume(broken)
+
+
+def test_data_changed_and_listed_anew_asks_for_02_then_for_03_then_for_04(brought):
+    course, data, _ = brought
+    make(course, *ALL)
+    data.write_text("[1]")
+    Course.start().keep("data", data)
+    for name, books in (("tokenized", "02"), ("adapter", "03"), ("answers", "04")):
+        with pytest.raises(CourseError, match=books):
+            Course.resume(name)
+        make(Course.resume(), name)
+        assert Course.resume(name)
+
+
+def test_a_touched_file_is_the_same_file(brought):
+    course, data, model = brought
+    make(course, *ALL)
+    for file in (data, model / "model.safetensors", course.run_dir / "llama3_lora" / "rows"):
+        os.utime(file, (1, 1))
+    assert Course.resume(*ALL)
+    (course.run_dir / "llama3_lora" / "scores.json").write_text("{}")
+    (course.run_dir / "llama3_lora" / ".ipynb_checkpoints").mkdir()
+    assert Course.resume(*ALL)
+
+
+def test_a_persona_of_another_prompt_asks_for_02(brought, monkeypatch):
+    course, *_ = brought
+    make(course, "tokenized")
+    monkeypatch.setattr("huanhuan.course.SYSTEM_PROMPT", "你是别人")
+    with pytest.raises(CourseError, match="system_prompt.*02_preprocess"):
         Course.resume("tokenized")
-    assert (run_dir / "tokenized").exists()
 
 
-def test_a_new_adapter_makes_old_answers_stale(run_dir):
-    course = Course.start()
-    for name in ("adapter", "answers", "adapter"):
-        (run_dir / name).mkdir(parents=True, exist_ok=True)
-        course.keep(name, run_dir / name)
-    assert Course.resume("adapter")
-    with pytest.raises(CourseError, match="04_infer"):
-        Course.resume("answers")
+@pytest.mark.parametrize("name", ALL)
+def test_what_fails_while_it_is_made_leaves_the_former_one(brought, name):
+    course, *_ = brought
+    make(course, *ALL)
+    before = {p: p.read_bytes() for p in course.run_dir.rglob("*") if p.is_file()}
+    with pytest.raises(KeyboardInterrupt), course.making(name) as path:
+        (path / "rows" if path.is_dir() else path).write_text("half")
+        raise KeyboardInterrupt
+    assert Course.resume(*ALL)
+    assert all(p.read_bytes() == content for p, content in before.items())
+    make(course, name)  # the half-made is cleared away
+    assert not [*course.run_dir.glob("unfinished*")]
+    assert len([*course.run_dir.glob(course.path(name).stem + "-*")]) >= 1  # the former one
+
+
+def test_a_manifest_that_leads_out_of_the_run_directory_is_not_followed(brought, tmp_path):
+    course, *_ = brought
+    make(course, *ALL)
+    file = course.run_dir / "manifest.json"
+    manifest = json.loads(file.read_text(encoding="utf-8"))
+    for lie in (str(tmp_path), "../x", "tokenized"):
+        manifest["files"]["adapter"] = lie
+        file.write_text(json.dumps(manifest), encoding="utf-8")
+        with pytest.raises(CourseError, match="03_train_lora"):
+            Course.resume("adapter")
+
+
+def test_a_full_and_a_read_only_disk_are_sentences(brought):
+    course, *_ = brought
+    for number, says in ((28, "磁盘满了.*HUANHUAN_OUTPUT"), (30, "不能写.*HUANHUAN_OUTPUT")):
+        with pytest.raises(CourseError, match=says), course.making("tokenized"):
+            raise OSError(number, "no")
+    with pytest.raises(CourseError, match="还缺少"):
+        Course.resume("tokenized")
+
+
+HOLD = """
+import sys, time
+sys.path.insert(0, {notebooks!r})
+from huanhuan.course import Course
+with Course.resume().locked("训练"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_kernel_is_told_who_writes_and_a_dead_one_holds_nothing(brought, run_dir):
+    course, *_ = brought
+    command = [sys.executable, "-c", HOLD.format(notebooks=str(NOTEBOOKS))]
+    other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        with (
+            pytest.raises(CourseError, match=f"进程 {other.pid}.*训练"),
+            course.making("tokenized"),
+        ):
+            pass
+        course.finish("01_setup")  # the list itself is written all the same
+    finally:
+        other.kill()
+        other.wait()
+    make(course, "tokenized")
+    (run_dir / "run.lock").write_text("{")  # a crash while it was written
+    os.utime(run_dir / "run.lock", (1, 1))
+    make(course, "tokenized")
+
+
+def test_eight_hundred_writes_from_eight_processes_lose_nothing(brought, run_dir):
+    program = f"""
+import sys
+sys.path.insert(0, {str(NOTEBOOKS)!r})
+from huanhuan.course import Course
+course = Course.resume()
+for i in range(100):
+    course._change(lambda m: m["notebooks"].update({{sys.argv[1] + str(i): 1}}))
+"""
+    crowd = [subprocess.Popen([sys.executable, "-c", program, f"{n}-"]) for n in range(8)]
+    assert [one.wait() for one in crowd] == [0] * 8
+    manifest = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))
+    assert len(manifest["notebooks"]) == 800
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"epochs": 0}, {"epochs": "3"}, {"epochs": 10**9}, {"lora_r": -1}, {"lora_r": True},
+     {"learning_rate": float("nan")}, {"model": " "}, {"quantized": 1}, {"max_length": 3}],
+)  # fmt: skip
+def test_a_setting_that_cannot_be_is_one_sentence_in_01(run_dir, given):
+    with pytest.raises(CourseError, match="不行：要写"):
+        Course.start(**given)
 
 
 def test_set_aside_never_overwrites(run_dir):

@@ -388,10 +388,11 @@ class Course:
         if what.file and path != self.run_dir / what.file:
             raise CourseError(f"清单里的“{what.title}”不在运行目录里（{entry}），不用它：{again}")
         try:
-            if _state(path, known["files"]) != known["files"]:
-                if _digest(path, known["files"]) != known["id"]:
+            now = _state(path, known["files"])
+            if now != known["files"]:
+                if now.keys() != known["files"].keys() or _digest(path, now) != known["id"]:
                     raise CourseError(f"“{what.title}”（{path.name}）被改动过，或者不完整：{again}")
-                known["files"] = _state(path, known["files"])
+                known["files"] = now  # touched, or copied: the same all the same
             record = self.record(name) if what.file else {"of": {}, "settings": {}}
             for other, digest in record["of"].items():
                 self.path(other)
