@@ -354,7 +354,7 @@ def test_stop_stops_and_a_seed_repeats(tuned, tokenizer, tmp_path):
 
 
 def test_base_and_tuned_and_a_conversation_saved_as_a_dataset(tuned, tokenizer, tmp_path):
-    from huanhuan.preprocess import load_rows
+    from huanhuan.reader import load_rows
 
     chat = infer.Chat(tuned, tokenizer, tmp_path / "chats")
     with pytest.raises(CourseError, match="没有可以保存的"):
@@ -368,7 +368,9 @@ def test_base_and_tuned_and_a_conversation_saved_as_a_dataset(tuned, tokenizer, 
     first, second = chat.save(), chat.save()
     assert first != second
     list(chat.say("今天下雪了", **greedy))
-    assert load_rows(chat.save())["instruction"].tolist() == ["你是谁？", "今天下雪了"]
+    saved = load_rows(chat.save())
+    assert saved["instruction"].tolist() == ["你是谁？", "今天下雪了"]
+    assert saved["history"].tolist() == [[], [list(chat.turns[0])]]
 
 
 def test_old_turns_go_whole_and_the_system_prompt_stays(tuned, tokenizer, tmp_path):

@@ -111,7 +111,7 @@ def test_no_absolute_paths_and_no_profile_names_in_code():
 def test_a_notebook_imports_its_own_room_and_the_ground_floor():
     ground = {"course", "persona", "prompt", "show", "CourseError"}
     # 01 also checks the dataset, before 6 GB are downloaded for it
-    rooms = {"01_setup": {"setup", "preprocess"}}
+    rooms = {"01_setup": {"setup", "reader"}, "02_preprocess": {"preprocess", "reader"}}
     for name, book in SOURCES.items():
         code = "\n".join(cell.source for cell in book.cells if cell.cell_type == "code")
         used = set(re.findall(r"from huanhuan\.(\w+) import", code))

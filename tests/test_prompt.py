@@ -1,11 +1,21 @@
-import json
+from itertools import chain
 
 import pytest
 from conftest import REAL, ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from huanhuan.prompt import DATE_STRING, SYSTEM_PROMPT, chat_messages, prompt_ids, shorten, text_ids
+from huanhuan.prompt import (
+    DATE_STRING,
+    SYSTEM_PROMPT,
+    chat_messages,
+    fit,
+    prompt_ids,
+    question_of,
+    shorten,
+    text_ids,
+)
+from huanhuan.reader import load_rows
 
 # What Llama 3.2's own template renders, written out from its published format.
 LLAMA_3_2 = (
@@ -60,6 +70,23 @@ def test_shorten_leaves_what_fits(tokenizer):
     assert shorten(tokenizer, " 你好 ", 384) == " 你好 "
 
 
+def test_the_oldest_turns_go_first_and_whole_then_the_question_is_cut(tokenizer):
+    turns = [("从前" * 5, "很好" * 5), ("后来" * 5, "也好" * 5)]
+    lengths = [len(prompt_ids(tokenizer, "那现在呢？", turns[i:])) for i in range(3)]
+    for i, length in enumerate(lengths):
+        assert fit(tokenizer, "那现在呢？", turns, length) == ("那现在呢？", turns[i:])
+        assert fit(tokenizer, "那现在呢？", turns, length - 1)[1] == turns[i + 1 :]
+    cut, left = fit(tokenizer, "现在" * 30, turns, lengths[2] + 10)
+    assert left == [] and "……" in cut and len(prompt_ids(tokenizer, cut)) <= lengths[2] + 10
+
+
+def test_instruction_and_input_stand_on_two_lines():
+    row = {"instruction": "译成英文", "input": "茶"}
+    assert question_of(row) == "译成英文\n茶"
+    assert question_of(row | {"input": " "}) == "译成英文"
+    assert question_of(row | {"instruction": ""}) == "茶"
+
+
 SAMPLE = ROOT / "data" / "huanhuan_sample.json"
 
 # What Llama 3.2's template puts before the system prompt; Meta's chat format leaves it to the caller.
@@ -75,21 +102,22 @@ def test_every_row_has_the_ids_of_metas_chat_format(genuine, reference, make_pro
     process_func = make_process_func(genuine, 384)
     header = len(reference._encode_header("assistant"))
     different = []
-    for number, row in enumerate(json.loads(path.read_text(encoding="utf-8")), 1):
-        question = (row["instruction"] + row["input"]).strip()
-        prompt = reference.encode_dialog_prompt([
-            RawMessage(role="system", content=DATE_HEADER + SYSTEM_PROMPT),
-            RawMessage(role="user", content=question),
-        ]).tokens  # fmt: skip
+    for row in load_rows(path).to_dict("records"):
+        texts = [DATE_HEADER + SYSTEM_PROMPT, *chain.from_iterable(row["history"])]
+        texts = [text.strip() for text in [*texts, question_of(row)]]
+        roles = ["system", *["user", "assistant"] * len(texts)]
+        said = zip(roles, texts, strict=False)
+        said = [RawMessage(role=role, content=text) for role, text in said]
+        prompt = reference.encode_dialog_prompt(said).tokens
         answer = RawMessage(role="assistant", content=row["output"].strip())
         answer = reference.encode_message(answer, None)[0][header:]
         made = process_func(row)
         if (
             made["input_ids"] != prompt + answer
             or made["labels"] != [-100] * len(prompt) + answer
-            or prompt_ids(genuine, question) != prompt
+            or prompt_ids(genuine, question_of(row), row["history"]) != prompt
         ):
-            different.append(number)
+            different.append(row)
     assert different == []
 
 
@@ -120,7 +148,8 @@ def test_what_holds_for_any_dialogue(
     row = process_func({"instruction": instruction, "input": extra, "output": answer})
     ids, labels = row["input_ids"], row["labels"]
     taught = [label for label in labels if label != -100]
-    asked = shorten(tokenizer, instruction + extra, max_length - len(taught))
+    question = question_of({"instruction": instruction, "input": extra})
+    asked = shorten(tokenizer, question, max_length - len(taught))
 
     assert len(ids) == len(labels) == len(row["attention_mask"])
     assert ids.count(bos) == 1 and ids[0] == bos

@@ -9,7 +9,7 @@ from conftest import ROOT
 
 from huanhuan import setup, show
 from huanhuan.course import Course, CourseError
-from huanhuan.preprocess import load_rows
+from huanhuan.reader import load_rows
 
 TINY = ROOT / "data" / "tiny_llama"
 
@@ -114,3 +114,23 @@ def test_without_widgets_the_picker_says_how_to_go_on(run_dir, monkeypatch, caps
     monkeypatch.setitem(sys.modules, "ipywidgets", None)
     assert show.file_picker(Course.start(), check=load_rows) is None
     assert "写上文件的路径" in capsys.readouterr().out
+
+
+def test_placeholders_are_filled_beside_the_file_that_was_brought_or_asked_for(run_dir, tmp_path):
+    rows = [
+        {"instruction": "你是谁？", "input": "", "output": "我是 {{name}}，由 {{author}} 写成。"},
+        {"instruction": "叫什么？", "input": "", "output": "叫我 {{name}}。"},
+    ]
+    brought = tmp_path / "identity.json"
+    brought.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    before, course = brought.read_bytes(), Course.start()
+    with pytest.raises(CourseError, match=r"\{\{author\}\}（1 条）"):
+        setup.without_placeholders(course, brought, load_rows(brought), {"{{name}}": "甄嬛"})
+    values = {"{{name}}": "甄嬛", "{{author}}": "我们"}
+    path, filled = setup.without_placeholders(course, brought, load_rows(brought), values)
+    assert path.is_relative_to(course.run_dir) and brought.read_bytes() == before
+    assert filled["output"].tolist() == ["我是 甄嬛，由 我们 写成。", "叫我 甄嬛。"]
+    again = load_rows(path)
+    assert again["output"].tolist() == filled["output"].tolist()
+    assert again.attrs["placeholders"] == {}
+    assert setup.without_placeholders(course, path, again, {})[0] == path

@@ -178,12 +178,17 @@ def loss_and_gradients(model, batch, items):
     return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
+def packer(model):
+    """The collator that suits the attention `model` is set to."""
+    return train.SharedPrefixCollator(dense=model.config._attn_implementation != train.ROWS)
+
+
 def assert_equal_to_padded(model, rows, pad, noise=1e-7):
     """Loss to 1e-6, gradients to 1e-5; what counts as a label is counted alike.
 
     A gradient that is zero by arithmetic (of a query that sees equal keys) is `noise` in both.
     """
-    ours = train.SharedPrefixCollator()(rows)
+    ours = packer(model)(rows)
     items = max(int((pad["labels"][:, 1:] != -100).sum()), 1)
     assert (ours["labels"] != -100).sum() == (pad["labels"] != -100).sum()
     assert (ours["shift_labels"] != -100).sum() == (pad["labels"][:, 1:] != -100).sum()
@@ -225,7 +230,7 @@ def padded(tokenizer, rows):
     return dict(DataCollatorForSeq2Seq(tokenizer)(rows))
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", [train.ROWS, "sdpa", "eager"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("rows", MICRO_BATCHES.values(), ids=MICRO_BATCHES)
 def test_shared_prefix_gives_loss_and_gradient_of_the_padded_batch(
@@ -247,12 +252,13 @@ def test_shared_prefix_holds_for_any_rows(tokenizer, drawn):
         {"input_ids": [t for t, _ in row], "labels": [t if taught else -100 for t, taught in row]}
         for row in drawn
     ]
-    assert_equal_to_padded(random_llama(), rows, padded(tokenizer, rows), noise=1e-6)
+    for attention in (train.ROWS, "sdpa"):
+        assert_equal_to_padded(random_llama(attention), rows, padded(tokenizer, rows), noise=1e-6)
 
 
 def test_shared_prefix_stands_once():
     rows = MICRO_BATCHES["two system prompts"]
-    batch = train.SharedPrefixCollator()(rows)
+    batch = train.SharedPrefixCollator(dense=True)(rows)
     assert batch["input_ids"].tolist() == [
         [*P, 7, 8, 20, 30, 2, 22, 32, 2, 9, 10, 11, 21, 31, 2, 23, 24, 33, 2]
     ]
@@ -267,12 +273,36 @@ def test_shared_prefix_stands_once():
     assert batch["shift_labels"].tolist() == [[30, 2, 32, 2, 31, 2, 33, 2]]
 
 
+def test_rows_of_a_dialogue_come_one_after_another_and_each_once_an_epoch():
+    marks = [90, 91]  # what the template writes before the last answer alone
+    rows = []
+    for first in (20, 30, 40):
+        for asked in ([first], [first, 50], [first, 50, 60]):
+            said = [token for question in asked[:-1] for token in (question, 9, 2)]
+            prompt = [*P, *said, asked[-1], 9, *marks]
+            rows.append({"input_ids": [*prompt, 9, 2], "labels": [-100] * len(prompt) + [9, 2]})
+    rows.append({"input_ids": [*P, 20, 21, 9, *marks, 9], "labels": [-100] * 11 + [9]})
+    sampler = train.DialogueSampler(rows, seed=0)
+    assert [*map(list, sampler.groups)] == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]]
+    orders = []
+    for epoch in range(5):
+        sampler.set_epoch(epoch)
+        orders.append([*sampler])
+        assert sorted(orders[-1]) == [*range(10)] and len(sampler) == 10
+        assert all(b == a + 1 for a, b in zip(orders[-1], orders[-1][1:]) if b % 3 and b < 9)  # noqa: B905
+    assert len({tuple(order) for order in orders}) > 1
+    again = train.DialogueSampler(rows, seed=0)
+    again.set_epoch(4)
+    assert [*again] == orders[4]
+
+
 def lora_losses(folder, collator, micro, accumulation, checkpointing=False):
     """The losses of 5 steps of 8 rows, and of an evaluation whose last batch is not full."""
     torch.manual_seed(0)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     config = LoraConfig(task_type="CAUSAL_LM", target_modules=targets, lora_dropout=0.0)
-    model = get_peft_model(random_llama(), config)
+    packs = isinstance(collator, train.SharedPrefixCollator)
+    model = get_peft_model(random_llama(train.ROWS if packs else "sdpa"), config)
     model.enable_input_require_grads()
     args = TrainingArguments(
         folder, max_steps=5, per_device_train_batch_size=micro, per_device_eval_batch_size=4,
@@ -306,7 +336,7 @@ def test_shared_prefix_trains_as_padding_does(
 def test_mask_of_the_models_own_dtype_does_as_well(attention):
     rows, model = MICRO_BATCHES["two system prompts"], random_llama(attention).to(torch.bfloat16)
     losses = [
-        model(**train.SharedPrefixCollator(dtype)(rows)).loss.item()
+        model(**train.SharedPrefixCollator(dtype, dense=True)(rows)).loss.item()
         for dtype in (torch.float32, torch.bfloat16)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
@@ -327,6 +357,7 @@ def test_activations_are_as_large_as_estimated(dtype):
         num_attention_heads=3, num_key_value_heads=1, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     model = lora(LlamaForCausalLM(config).to(dtype), dropout=0.1).train()
+    model.set_attn_implementation(train.ROWS)
     rows = Dataset.from_list([row(range(10), [i + j for j in range(20)]) for i in range(10, 26)])
     batch = train.SharedPrefixCollator(dtype)(list(rows))
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -418,7 +449,7 @@ class Cramped(torch.nn.Module):
 
 def packed_training(folder, micro, cramped=None, steps=6):
     """A training of `steps` steps of 16 rows without dropout: its losses, and its trainer."""
-    model = random_llama()
+    model = random_llama(train.ROWS)
     trainer_model = lora(model)
     if cramped:
         layers = model.model.layers
@@ -468,7 +499,7 @@ def test_the_last_step_is_filled_without_changing_it(tmp_path):
     assert all(set(one["labels"]) == {-100} for one in filled[19:])
     of_dataset = train._fill_last_step(Dataset.from_list(rows))
     assert of_dataset.to_list() == filled
-    model = random_llama()
+    model = random_llama(train.ROWS)
     alone = train.SharedPrefixCollator()(filled[30:])
     assert model(**alone, num_items_in_batch=7).loss.item() == 0
 
@@ -519,7 +550,7 @@ def resumable_trainer(folder):
         report_to="none", disable_tqdm=True, remove_unused_columns=False,
     )  # fmt: skip
     return train.CourseTrainer(
-        model=lora(random_llama(), dropout=0.1), args=args, train_dataset=dialogues(70),
+        model=lora(random_llama(train.ROWS), dropout=0.1), args=args, train_dataset=dialogues(70),
         data_collator=train.SharedPrefixCollator(),
     )  # fmt: skip
 

@@ -27,7 +27,7 @@ from transformers import (
 
 from huanhuan.course import Course, CourseError, versions
 from huanhuan.persona import CALLED, FACTS, NAME, QUESTIONS, SYSTEM_PROMPT, WHO
-from huanhuan.prompt import chat_messages, end_id, frame, pad_token, prompt_ids, shorten
+from huanhuan.prompt import chat_messages, end_id, fit, frame, pad_token, prompt_ids
 
 # No dataset text holds more than this many tokens: a reply that reaches it did not end by itself.
 REPLY_LIMIT = 200
@@ -56,9 +56,12 @@ def ask_all(
     questions: list[str],
     system: str | None = SYSTEM_PROMPT,
     batch: int = 16,
+    histories: Sequence[Sequence] | None = None,
     **generate,
 ) -> list[Reply]:
     """Ask every question with the course's prompt, `batch` at a time; `system` None: without the persona.
+
+    `histories` are, for each, the questions and answers that went before (:func:`prompt_ids`).
 
     Greedy, so that two models can be compared, unless `generate` (arguments of
     ``model.generate``) says otherwise. Random state is that of torch.
@@ -70,10 +73,10 @@ def ask_all(
         "max_new_tokens": REPLY_LIMIT,
     } | generate
     stops, replies = {*model.generation_config.eos_token_id}, []
-    for first in range(0, len(questions), batch):
-        prompts = [
-            prompt_ids(tokenizer, q, system=system) for q in questions[first : first + batch]
-        ]
+    asked = zip(questions, histories or [()] * len(questions), strict=True)
+    asked = [prompt_ids(tokenizer, question, turns, system) for question, turns in asked]
+    for first in range(0, len(asked), batch):
+        prompts = asked[first : first + batch]
         longest = max(map(len, prompts))
         blanks = [longest - len(ids) for ids in prompts]  # on the left: all go on from the right
         ids = torch.tensor(
@@ -335,11 +338,7 @@ class Chat:
 
     def prompt(self, question: str, reply: int) -> tuple[str, list[int]]:
         """The question, shortened if need be, and the ids of the prompt, with room for the reply."""
-        room = self.context - reply
-        question = shorten(self.tokenizer, question, room)
-        turns = self.turns
-        while turns and len(prompt_ids(self.tokenizer, question, turns)) > room:
-            turns = turns[1:]
+        question, turns = fit(self.tokenizer, question, self.turns, self.context - reply)
         return question, prompt_ids(self.tokenizer, question, turns)
 
     def say(self, question: str, seed: int | None = None, **generate) -> Iterator[str]:
@@ -397,13 +396,16 @@ class Chat:
         self.turns = []
 
     def save(self) -> Path:
-        """Write the conversation as a dataset (instruction, input, output); returns the file.
+        """Write the conversation as a dataset of one dialogue (messages); returns the file.
 
         Raises CourseError where nothing has been said yet.
         """
         if not self.turns:
             raise CourseError("还没有说过话，没有可以保存的。")
-        rows = [{"instruction": q, "input": "", "output": a} for q, a in self.turns if a]
+        texts = [text for turn in self.turns for text in turn]
+        roles = ("user", "assistant") * len(self.turns)
+        spoken = zip(roles, texts, strict=True)
+        rows = [{"messages": [{"role": role, "content": text} for role, text in spoken]}]
         self.folder.mkdir(parents=True, exist_ok=True)
         number = 1
         stem = time.strftime("chat-%Y%m%d-%H%M%S")

@@ -184,6 +184,11 @@ def prompt_ids(
     return ids
 
 
+def question_of(row) -> str:
+    """What is said in a dataset's row: its `instruction` and, on the next line, its `input`."""
+    return "\n".join(text for text in (row["instruction"], row["input"]) if text.strip())
+
+
 def shorten(tokenizer, question: str, max_tokens: int) -> str:
     """Cut the middle out of a question until its prompt fits into `max_tokens` tokens.
 
@@ -203,6 +208,19 @@ def shorten(tokenizer, question: str, max_tokens: int) -> str:
         else:
             too_long = keep
     return best if fits >= 0 else ""
+
+
+def fit(
+    tokenizer, question: str, turns: Sequence[tuple[str, str]], max_tokens: int
+) -> tuple[str, list[tuple[str, str]]]:
+    """The question and the turns before it, cut until their prompt fits into `max_tokens` tokens.
+
+    First the oldest turns go, whole; only then the question is cut (:func:`shorten`).
+    """
+    turns = list(turns)
+    while turns and len(prompt_ids(tokenizer, question, turns)) > max_tokens:
+        turns = turns[1:]
+    return question if turns else shorten(tokenizer, question, max_tokens), turns
 
 
 def end_id(tokenizer) -> int:

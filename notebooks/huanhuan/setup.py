@@ -18,6 +18,7 @@ from huanhuan import NOTEBOOKS, CourseError
 from huanhuan.course import CPU_ONLY_TORCH, SMALL_MEMORY_GIB, Course, gpu_name, idle_gpu
 from huanhuan.persona import SAMPLE
 from huanhuan.prompt import check_template, end_id, pad_token
+from huanhuan.reader import fill_placeholders
 
 REQUIREMENTS = NOTEBOOKS.parent / "requirements.txt"
 
@@ -149,6 +150,31 @@ def dataset_file(course: Course, typed: str = "") -> Path:
         )
     print(f"数据集：{path.name}（{whose}）")
     return path
+
+
+def without_placeholders(
+    course: Course, path: Path, rows: pd.DataFrame, values: dict[str, str]
+) -> tuple[Path, pd.DataFrame]:
+    """The dataset and its rows with each placeholder replaced by what `values` says.
+
+    A dataset that has some is written anew into the run directory; the file that was brought stays
+    as it is. Raises CourseError where one is left that `values` does not name.
+    """
+    marks = rows.attrs["placeholders"]
+    if not marks:
+        return path, rows
+    if left := [mark for mark in marks if mark not in values]:
+        named = "、".join(f"{mark}（{marks[mark]} 条）" for mark in left)
+        raise CourseError(
+            f"数据里有还没填的占位符：{named}。照这样训练，她会原样说出来。请在这一格里写上换成什么，"
+            f'例如 my_names = {{"{left[0]}": "甄嬛"}}；本来就要原样留着的，写它自己。'
+        )
+    rows = fill_placeholders(rows, values)
+    path = course.run_dir / "filled.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows.to_json(path, orient="records", force_ascii=False, indent=1)
+    print(f"占位符换好了，用的是 {path}，你的原文件没有动。")
+    return path, rows
 
 
 def local_folder(model: str) -> str | None:

@@ -12,7 +12,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 
 import datasets
@@ -25,6 +25,11 @@ from accelerate.utils.memory import should_reduce_batch_size
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError, safe_open
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Sampler
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from huanhuan import CourseError
 from huanhuan.course import ROWS_PER_STEP, SHARDED, Course, Profile, peak_memory_gib, write_json
@@ -41,24 +46,56 @@ TOO_BIG = """训练放不进内存。可以这样做：
 4. 换一个小一些的模型，例如把 HUANHUAN_MODEL 设成 Qwen/Qwen2.5-0.5B-Instruct。"""
 
 
+# Under this name transformers calls attend_rows, for a model set to it (set_attn_implementation).
+ROWS = "rows"
+
+
+def attend_rows(
+    module, query, key, value, attention_mask, queries=None, keys=None, places=None, **options
+):
+    """Attention of rows that were packed: each over what it sees, and nothing else is computed.
+
+    `query`, `key` and `value` are (1, heads, S, width). The tokens of R rows, `queries` (R, Q), attend
+    to the positions `keys` (R, K) under `attention_mask` (R, 1, Q, K), one padded batch;
+    `places` (S,) say where in it the result of each position stands. Without these three it is
+    transformers' own sdpa.
+    """
+    if queries is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+
+    def rows(states, where):
+        taken = states[0].index_select(1, where.flatten())
+        return taken.unflatten(1, where.shape).transpose(0, 1)
+
+    query, key, value = rows(query, queries), rows(key, keys), rows(value, keys)
+    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    return output.flatten(0, 1).index_select(0, places)[None], None
+
+
+AttentionInterface.register(ROWS, attend_rows)
+AttentionMaskInterface.register(ROWS, sdpa_mask)
+
+
 class SharedPrefixCollator:
     """Packs a micro-batch into one row in which tokens that rows begin with alike stand only once.
 
-    All dialogues of the course begin with the same system prompt. In a causal model a token's state
-    depends on nothing but the tokens before it, so that a common beginning needs to be computed
-    only once: the rows form a tree, and every token sees its own ancestors. Loss and gradient are
-    those of the padded batch (tests/test_train.py), at fewer positions, and only those that predict
-    a label go through the head.
+    All dialogues of the course begin with the same system prompt, and the turns of one dialogue with
+    each other. In a causal model a token's state depends on nothing but the tokens before it, so
+    that a common beginning needs to be computed only once: the rows form a tree, and every token
+    sees its own ancestors. Loss and gradient are those of the padded batch (tests/test_train.py), at
+    fewer positions, and only those that predict a label go through the head.
 
     The idea for pairs of answers to one prompt: Prefix Sharing, https://arxiv.org/abs/2410.20305.
 
     Args:
-        dtype: of the attention mask. float32 suits everything; the model's own saves a conversion
-            in every layer on a GPU.
+        dtype: of a dense attention mask. float32 suits everything; the model's own saves a
+            conversion in every layer on a GPU.
+        dense: one mask of all positions against all, for a model that cannot be set to ROWS: time
+            and memory grow with the square of the micro-batch's tokens.
     """
 
-    def __init__(self, dtype: torch.dtype = torch.float32):
-        self.dtype = dtype
+    def __init__(self, dtype: torch.dtype = torch.float32, dense: bool = False):
+        self.dtype, self.dense = dtype, dense
 
     def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         """One batch for a causal model of transformers, from rows with `input_ids` and `labels`.
@@ -69,31 +106,24 @@ class SharedPrefixCollator:
         Returns, with S positions of which n predict a label:
             input_ids, position_ids, labels: (1, S), int64. Positions count within each row; the
                 model does not look at `labels`, but the Trainer asks for them and counts them.
-            attention_mask: (1, 1, S, S), added to the attention scores: 0 to see, -inf not to. A
-                boolean mask would do for sdpa; eager attention adds it as 0 and 1, without a word.
             logits_to_keep: (n,), int64: the positions that predict a label.
             shift_labels: (1, n), int64: the labels that they predict.
+            attention_mask, queries, keys, places: what :func:`attend_rows` takes. Or, if dense,
+                attention_mask alone: (1, 1, S, S), added to the scores: 0 to see, -inf not to. A
+                boolean one would do for sdpa; eager attention adds it as 0 and 1, without a word.
         """
         ids, labels, positions, spans = [], [], [], []
         tokens, path = [], []  # of the row before; path: where its tokens stand in the packed row
         for row in sorted(rows, key=lambda row: row["input_ids"]):  # the likest become neighbours
             before, tokens = tokens, row["input_ids"]
             unlabelled = next((i for i, x in enumerate(row["labels"]) if x != -100), len(tokens))
-            pairs = zip(before, tokens[: max(unlabelled - 1, 0)], strict=False)
-            shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+            shared = _alike(before, tokens[: max(unlabelled - 1, 0)])
             start = len(ids)
             ids += tokens[shared:]
             labels += row["labels"][shared:]
             positions += range(shared, len(tokens))
             path = path[:shared] + list(range(start, len(ids)))
             spans.append((start, shared, path))
-
-        longest, size = max(positions) + 1, len(ids)
-        causal = torch.full((longest, longest), -torch.inf, dtype=self.dtype).triu(1)
-        mask = torch.full((size, size), -torch.inf, dtype=self.dtype)
-        for start, shared, path in spans:
-            end = start + len(path) - shared
-            mask[start:end, path] = causal[shared : len(path), : len(path)]
 
         labels = torch.tensor(labels)
         predicted = labels.clone()
@@ -102,11 +132,76 @@ class SharedPrefixCollator:
         return {
             "input_ids": torch.tensor([ids]),
             "position_ids": torch.tensor([positions]),
-            "attention_mask": mask[None, None],
             "labels": labels[None],
             "logits_to_keep": where - 1,
             "shift_labels": predicted[None, where],
+        } | (self._dense(spans, len(ids)) if self.dense else self._in_rows(spans))
+
+    def _dense(self, spans, size: int) -> dict[str, torch.Tensor]:
+        longest = max(len(path) for _, _, path in spans)
+        causal = torch.full((longest, longest), -torch.inf, dtype=self.dtype).triu(1)
+        mask = torch.full((size, size), -torch.inf, dtype=self.dtype)
+        for start, shared, path in spans:
+            end = start + len(path) - shared
+            mask[start:end, path] = causal[shared : len(path), : len(path)]
+        return {"attention_mask": mask[None, None]}
+
+    def _in_rows(self, spans) -> dict[str, torch.Tensor]:
+        own = [torch.tensor(path[shared:]) for _, shared, path in spans]
+        queries = pad_sequence(own, batch_first=True)
+        keys = pad_sequence([torch.tensor(path) for _, _, path in spans], batch_first=True)
+        shared = torch.tensor([shared for _, shared, _ in spans])
+        depth = shared[:, None] + torch.arange(queries.shape[1])  # of every query in its row
+        # Causal is enough: what pads the keys stands behind all of the row's own tokens.
+        mask = torch.arange(keys.shape[1]) <= depth[:, :, None]
+        places = [
+            row * queries.shape[1] + torch.arange(len(tokens)) for row, tokens in enumerate(own)
+        ]
+        return {
+            "attention_mask": mask[:, None],
+            "queries": queries,
+            "keys": keys,
+            "places": torch.cat(places),
         }
+
+
+class DialogueSampler(Sampler):
+    """Rows in random order, those of one dialogue one after another, the first turn first.
+
+    So they come into one micro-batch, which computes what they begin with once. Every row is still
+    seen once an epoch, and every dialogue is as likely to be in a step as any other. A row belongs to
+    the one before it where it begins with that one's prompt, but for what the template writes at its
+    end (some templates write it only before the last answer).
+    """
+
+    def __init__(self, rows, seed: int):
+        self.seed, self.epoch, self.groups = seed, 0, []
+        before: list[int] = []
+        for place, row in enumerate(rows):
+            ids, labels = row["input_ids"], row["labels"]
+            prompt = ids[: next((i for i, x in enumerate(labels) if x != -100), len(ids))]
+            alike = _alike(before, prompt) + _alike(before[::-1], prompt[::-1])
+            if before and alike >= len(before):
+                self.groups[-1].append(place)
+            else:
+                self.groups.append([place])
+            before = prompt
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return sum(map(len, self.groups))
+
+    def __iter__(self) -> Iterator[int]:
+        order = self.groups.copy()
+        random.Random(f"{self.seed} {self.epoch}").shuffle(order)
+        return chain.from_iterable(order)
+
+
+def _alike(one: list[int], other: list[int]) -> int:
+    """How many tokens both begin with."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def lora_targets(model, names: list[str]) -> list[str]:
@@ -124,8 +219,8 @@ def lora_targets(model, names: list[str]) -> list[str]:
     return names if linear >= {*names} else sorted(linear)
 
 
-def shares_prefixes(model, rows) -> bool:
-    """Whether `model` gives a packed row what it gives the row alone; then rows may be packed.
+def shares_prefixes(model, rows, collator: SharedPrefixCollator) -> bool:
+    """Whether `model` gives a row that `collator` packed what it gives the row alone.
 
     The two longest of `rows` are packed, in evaluation mode. What the second gets must not change
     with the words of the first (1e-6 of its size), and must be what both get by themselves, scores
@@ -139,11 +234,11 @@ def shares_prefixes(model, rows) -> bool:
     pair = [{name: rows[i][name] for name in ("input_ids", "labels")} for i in longest]
     pair = sorted(pair, key=lambda row: row["input_ids"])  # as they will be packed
     dtype, training = compute_dtype(model), model.training
-    batch = SharedPrefixCollator(dtype)(pair)
+    batch = collator(pair)
     batch = {name: value.to(model.device) for name, value in batch.items()}
     first = len(pair[0]["input_ids"])
     shared = first + len(pair[-1]["input_ids"]) - batch["input_ids"].shape[1]
-    inputs = {n: batch[n] for n in ("input_ids", "position_ids", "attention_mask")}
+    inputs = {n: x for n, x in batch.items() if "label" not in n}
     inputs["logits_to_keep"] = torch.arange(first, batch["input_ids"].shape[1]).to(model.device)
     other = batch["input_ids"].clone()
     other[0, shared:first] = other[0, -1]  # the first row says something else
@@ -186,9 +281,22 @@ def compute_dtype(model) -> torch.dtype:
 
 
 def choose_collator(model, tokenizer, rows):
-    """The collator for `model`: packed where that is proven (:func:`shares_prefixes`), else padded."""
-    if SHARDED or shares_prefixes(model, rows):  # a model that is to be cut up runs nowhere whole
-        return SharedPrefixCollator(compute_dtype(model))
+    """The collator for `model`: packed where that is proven (:func:`shares_prefixes`), else padded.
+
+    Of the packed ones the one that attends row by row, for which `model` is set to ROWS, else dense.
+    """
+    dtype, usual = compute_dtype(model), model.config._attn_implementation
+    dense = SharedPrefixCollator(dtype, dense=True)
+    if SHARDED:  # a model that is to be cut up runs nowhere whole
+        return dense
+    with contextlib.suppress(ValueError):  # its attention is its own
+        model.set_attn_implementation(ROWS)
+        by_rows = SharedPrefixCollator(dtype)
+        if shares_prefixes(model, rows, by_rows):
+            return by_rows
+    model.set_attn_implementation(usual)
+    if shares_prefixes(model, rows, dense):
+        return dense
     print(
         "这种模型的一条对话会受同一批里别的对话影响，不能合并开头：改用补齐的批次，慢一些，结果一样。"
     )
@@ -295,6 +403,8 @@ def estimate_memory(
 
     batch = (collator or SharedPrefixCollator(dtype))(_fullest(rows, split.micro_batch))
     try:
+        if "queries" in batch:
+            model.set_attn_implementation(ROWS)
         lora = LoraConfig(task_type="CAUSAL_LM", target_modules=targets, lora_dropout=0.1)
         kept = _kept_for_backward(get_peft_model(model, lora), batch, dtype, text.vocab_size)
     except (RuntimeError, TypeError, ValueError):  # it does not run without content
@@ -574,6 +684,9 @@ class CourseTrainer(transformers.Trainer):
             return None
         self._save_checkpoint(self.model, trial=None)
         return str(folder / f"checkpoint-{self.state.global_step}")
+
+    def _get_train_sampler(self, *_):
+        return DialogueSampler(self.train_dataset, self.args.seed)
 
     def _get_output_dir(self, trial):
         return self._beside or super()._get_output_dir(trial)

@@ -21,7 +21,7 @@ import torch
 from transformers import TrainingArguments
 
 from huanhuan.course import machine, peak_memory_gib, versions
-from huanhuan.train import CourseTrainer, SharedPrefixCollator
+from huanhuan.train import ROWS, CourseTrainer, SharedPrefixCollator
 
 PREFIX = 47  # tokens that all rows of the course begin with
 CASES = [(rows, 128) for rows in (16, 32, 64, 128)] + [(32, length) for length in (64, 256, 384)]
@@ -44,6 +44,7 @@ def case(rows: int, length: int) -> dict:
             report_to="none", disable_tqdm=True, remove_unused_columns=False,
         )  # fmt: skip
         model = step.proxy()
+        model.set_attn_implementation(ROWS)
         for chosen in (data[:16], data):
             trainer = CourseTrainer(
                 model=model, args=arguments, train_dataset=chosen,

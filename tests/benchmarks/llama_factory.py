@@ -5,9 +5,9 @@
     # it imports torchaudio, of which an empty module will do
     python tests/benchmarks/step.py --llamafactory FOLDER/bin/python
 
-``step.py`` starts this as a server: every line it sends names a micro-batch, a folder with 16
-tokenised rows, one with the base model and one with the adapter. One step is trained, the adapter
-saved in its place, and a line with seconds and loss comes back.
+``step.py`` starts this as a server: every line it sends names a micro-batch, how many of them make
+a step, a folder with the tokenised rows, one with the base model and one with the adapter. One step
+is trained, the adapter saved in its place, and a line with seconds and loss comes back.
 """
 
 import json
@@ -31,7 +31,7 @@ class Clock(TrainerCallback):
         self.seconds = time.perf_counter() - self.start
 
 
-def one_step(micro_batch: int, rows: str, model: str, adapter: str) -> dict:
+def one_step(micro_batch: int, passes: int, rows: str, model: str, adapter: str) -> dict:
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         arguments = {
@@ -39,7 +39,7 @@ def one_step(micro_batch: int, rows: str, model: str, adapter: str) -> dict:
             "model_name_or_path": model, "adapter_name_or_path": adapter, "tokenized_path": rows,
             "dataset": "none", "output_dir": folder, "max_steps": 1, "learning_rate": 1e-4,
             "lr_scheduler_type": "constant", "per_device_train_batch_size": micro_batch,
-            "gradient_accumulation_steps": 16 // micro_batch, "disable_gradient_checkpointing": True,
+            "gradient_accumulation_steps": passes, "disable_gradient_checkpointing": True,
             "disable_shuffling": True, "lora_dropout": 0.0, "save_strategy": "no", "use_cpu": True,
             "report_to": "none", "logging_steps": 1, "disable_tqdm": True, "flash_attn": "sdpa",
             "overwrite_output_dir": True, "cutoff_len": 2048,

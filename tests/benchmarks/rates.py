@@ -35,8 +35,9 @@ from transformers import (  # noqa: E402
 from huanhuan import infer, train  # noqa: E402
 from huanhuan.course import machine, versions  # noqa: E402
 from huanhuan.persona import QUESTIONS, SAMPLE  # noqa: E402
-from huanhuan.preprocess import load_rows, split_by_instruction  # noqa: E402
+from huanhuan.preprocess import split_by_instruction  # noqa: E402
 from huanhuan.prompt import end_generation, end_id, prompt_ids, text_ids  # noqa: E402
+from huanhuan.reader import load_rows  # noqa: E402
 
 RECIPES = [(1e-4, 4), (5e-4, 4), (5e-4, 8), (1e-3, 4)]  # (rate, epochs)
 
@@ -92,7 +93,7 @@ def main() -> None:
         )  # fmt: skip
         trainer = train.CourseTrainer(
             model=model, args=args, train_dataset=train_rows, eval_dataset=eval_rows,
-            data_collator=train.SharedPrefixCollator(),
+            data_collator=train.choose_collator(model, tokenizer, train_rows),
         )  # fmt: skip
         began = time.time()
         if epochs:

@@ -25,7 +25,7 @@ FORMATS = ("json", "jsonl", "csv")
 READ = """
 import sys, time
 from huanhuan.course import peak_memory_gib
-from huanhuan.preprocess import load_rows
+from huanhuan.reader import load_rows
 before, start = peak_memory_gib(), time.perf_counter()
 rows = len(load_rows(sys.argv[1]))
 print(time.perf_counter() - start, (peak_memory_gib() - before) * 2**30, rows)

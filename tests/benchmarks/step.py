@@ -1,13 +1,18 @@
 """One optimizer step of 16 dialogues, by several recipes: seconds, and proof that they do the same.
 
-    python tests/benchmarks/step.py [--rows FILE] [--rounds N] [--only NAME…] [--out FILE.json]
-                                    [--llamafactory PYTHON]
+    python tests/benchmarks/step.py [--wide] [--turns] [--rows FILE] [--rounds N] [--only NAME…]
+                                    [--llamafactory PYTHON] [--out FILE.json]
 
-The model is Llama-3.2-3B at about a twelfth of its width, with random weights: all 28 layers, and a
-head as large, next to a layer, as the real one. The rows are real dialogues, tokenised by the
-genuine Llama 3 tokenizer. Every round draws 16 of them, and every recipe takes the Trainer one step
-further on its own copy of the model; the recipes take turns, so that whatever else this machine
-does hits them all. Dropout is 0: the losses of a round must agree to 4 decimals.
+The model has random weights, and 8 of Llama-3.2-3B's own layers and its own head (`--wide`: about
+7 GB of memory, minutes a step), or all 28 layers and a head as large, next to a layer, at about a
+twelfth of the width, which is quick, and overstates all that is no product of matrices. The rows are
+real dialogues, tokenised by the genuine Llama 3 tokenizer. Every round draws 16 of them, and every
+recipe takes the Trainer one step further with an adapter of its own; the recipes take turns, so that
+whatever else this machine does hits them all. Dropout is 0: the losses of a round must agree to 4
+decimals.
+
+With `--turns` a step is four conversations of four answers, about 600 tokens each: for the others
+four rows with a loss on every answer, for ours a row for each answer, with what was said before it.
 
 Needs what the tests need. TRL's SFTTrainer takes part where ``trl`` is installed, LLaMA-Factory
 from an environment of its own (see llama_factory.py).
@@ -33,7 +38,13 @@ import torch
 import transformers
 from conftest import ROOT, genuine_tokenizer, notebook_process_func
 from datasets import Dataset, DatasetDict
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from transformers import (
     AutoTokenizer,
     DataCollatorForSeq2Seq,
@@ -46,12 +57,14 @@ from transformers import (
 )
 
 from huanhuan.course import machine, versions
-from huanhuan.preprocess import load_rows
-from huanhuan.train import SharedPrefixCollator
+from huanhuan.reader import load_rows
+from huanhuan.train import ROWS, SharedPrefixCollator
 
 ROWS_PER_STEP = 16
+TURNS, TURN_TOKENS = 4, 140  # of a conversation; at least so many a turn
 HIDDEN = 264  # the multiple of 24 next to 256; transformers wants hidden / heads to be whole
 VOCAB = round(128256 * HIDDEN / 3072)
+WIDE = 128256  # the vocabulary of the 3B itself
 
 
 def llama(hidden: int, layers: int, vocabulary: int, **others) -> LlamaForCausalLM:
@@ -75,8 +88,10 @@ def with_lora(model: LlamaForCausalLM) -> PeftModel:
     return get_peft_model(model, lora)
 
 
-def proxy() -> PeftModel:
+def proxy(wide: bool = False) -> PeftModel:
     """The model of this benchmark, in float32."""
+    if wide:
+        return with_lora(llama(3072, 8, WIDE, num_attention_heads=24, num_key_value_heads=8))
     return with_lora(llama(HIDDEN, 28, VOCAB, num_attention_heads=3, num_key_value_heads=1))
 
 
@@ -87,16 +102,50 @@ def tokenised(file: Path, tokenizer) -> list[dict]:
     return [row for row in rows if len(row["input_ids"]) <= 384]
 
 
-def dialogues(file: Path) -> list[dict]:
-    """The dataset's rows, every id folded into the proxy's vocabulary.
-
-    Equal tokens stay equal, so what rows have in common they still have.
-    """
-    rows = tokenised(file, genuine_tokenizer())
+def folded(rows: list[dict], vocabulary: int) -> list[dict]:
+    """`rows`, every id folded into a vocabulary: what they have in common they still have."""
     for row in rows:
-        row["input_ids"] = [i % VOCAB for i in row["input_ids"]]
-        row["labels"] = [i if i == -100 else i % VOCAB for i in row["labels"]]
+        row["input_ids"] = [i % vocabulary for i in row["input_ids"]]
+        row["labels"] = [i if i == -100 else i % vocabulary for i in row["labels"]]
     return rows
+
+
+def dialogues(file: Path, vocabulary: int = VOCAB) -> list[dict]:
+    """The dataset's rows, for a model of that vocabulary."""
+    return folded(tokenised(file, genuine_tokenizer()), vocabulary)
+
+
+def conversations(file: Path, vocabulary: int) -> list[list[dict]]:
+    """For every conversation made of the dataset's rows, what notebook 02 makes of its answers."""
+    tokenizer = genuine_tokenizer()
+    process, found, turns, turn = notebook_process_func(tokenizer, 2048), [], [], ["", ""]
+    for row in load_rows(file).to_dict("records"):
+        turn = [
+            f"{one}{two}"
+            for one, two in zip(turn, (row["instruction"], row["output"]), strict=True)
+        ]
+        if len(tokenizer.encode("".join(turn))) >= TURN_TOKENS:
+            turns, turn = [*turns, turn], ["", ""]
+        if len(turns) == TURNS:
+            asked = [
+                {"instruction": question, "input": "", "output": answer, "history": turns[:place]}
+                for place, (question, answer) in enumerate(turns)
+            ]
+            found.append(folded([*map(process, asked)], vocabulary))
+            turns = []
+    return found
+
+
+def whole(conversation: list[dict]) -> dict:
+    """One row with a loss on every answer, out of the rows of a conversation."""
+    ids = conversation[-1]["input_ids"]
+    labels = [-100] * len(ids)
+    for row in conversation:
+        if row["input_ids"] != ids[: len(row["input_ids"])]:
+            raise ValueError("the turns of a conversation do not begin alike")
+        for place, label in enumerate(row["labels"]):
+            labels[place] = label if label != -100 else labels[place]
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
 
 # Pads the batches, no more; its ids are within the proxy's vocabulary.
@@ -105,7 +154,7 @@ PADDER = AutoTokenizer.from_pretrained(ROOT / "data" / "tiny_llama")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How 16 rows become one step: 16 / micro_batch passes of micro_batch rows."""
+    """How the rows of a step become one: passes of micro_batch rows each."""
 
     name: str
     micro_batch: int
@@ -115,15 +164,19 @@ class Recipe:
     llama_factory: bool = False
 
 
-def recipes(llama_factory: bool) -> list[Recipe]:
+def recipes(llama_factory: bool, turns: bool = False) -> list[Recipe]:
     """The tutorial's first: the others are compared with it."""
     padded, shared = DataCollatorForSeq2Seq(PADDER), SharedPrefixCollator()
     splits = [(micro, f"{micro}x{ROWS_PER_STEP // micro}") for micro in (2, 4, 8, 16)]
+    ours = [Recipe(f"ours {name}", micro, shared) for micro, name in splits]
+    if turns:  # theirs are whole conversations
+        splits = [(micro, f"{micro}x{TURNS // micro}") for micro in (1, 2, 4)]
+    fewest, name = (1, "1x4") if turns else (4, "4x4")
     found = [
-        Recipe("tutorial 4x4", 4, padded, checkpointing=True),
-        Recipe("no checkpointing 4x4", 4, padded),
+        Recipe(f"tutorial {name}", fewest, padded, checkpointing=True),
+        Recipe(f"no checkpointing {name}", fewest, padded),
+        *ours,
     ]
-    found += [Recipe(f"ours {name}", micro, shared) for micro, name in splits]
     if importlib.util.find_spec("trl"):
         for kind, arguments in (("padded", {}), ("padding-free", {"padding_free": True})):
             found += [Recipe(f"TRL {kind} {name}", micro, trl=arguments) for micro, name in splits]
@@ -157,10 +210,10 @@ class Clock(TrainerCallback):
 
 
 def step(recipe: Recipe, model, rows: list[dict], folder: str) -> tuple[float, float]:
-    """Train `model` one step on `rows` (16): seconds, and the loss of the step."""
+    """Train `model` one step on `rows`, all of them: seconds, and the loss of the step."""
     common = {
         "output_dir": folder, "max_steps": 1, "per_device_train_batch_size": recipe.micro_batch,
-        "gradient_accumulation_steps": ROWS_PER_STEP // recipe.micro_batch, "learning_rate": 1e-4,
+        "gradient_accumulation_steps": len(rows) // recipe.micro_batch, "learning_rate": 1e-4,
         "lr_scheduler_type": "constant", "gradient_checkpointing": recipe.checkpointing,
         "logging_strategy": "no", "save_strategy": "no", "report_to": "none", "use_cpu": True,
         "disable_tqdm": True, "remove_unused_columns": False, "seed": 0,
@@ -168,6 +221,8 @@ def step(recipe: Recipe, model, rows: list[dict], folder: str) -> tuple[float, f
     clock = Clock()
     if recipe.checkpointing:
         model.enable_input_require_grads()
+    ours = isinstance(recipe.collator, SharedPrefixCollator)
+    model.set_attn_implementation(ROWS if ours else "sdpa")
     if recipe.trl is None:
         trainer = Trainer(
             model, TrainingArguments(**common), recipe.collator, rows, callbacks=[clock]
@@ -188,10 +243,9 @@ def step(recipe: Recipe, model, rows: list[dict], folder: str) -> tuple[float, f
 class LlamaFactory:
     """The server of llama_factory.py, and the folders through which it gets models and rows."""
 
-    def __init__(self, python: Path, folder: str, recipes: list[Recipe]):
-        self.folder = Path(folder)
+    def __init__(self, python: Path, folder: str, recipes: list[Recipe], wide: bool):
+        self.folder, model = Path(folder), proxy(wide)
         for recipe in recipes:
-            model = proxy()
             model.save_pretrained(self.folder / recipe.name)
         model.unload().save_pretrained(self.folder / "model")
         PADDER.save_pretrained(self.folder / "model")
@@ -204,7 +258,8 @@ class LlamaFactory:
     def step(self, recipe: Recipe, rows: list[dict]) -> tuple[float, float]:
         DatasetDict(train=Dataset.from_list(rows)).save_to_disk(self.folder / "rows")
         asked = {
-            "micro_batch": recipe.micro_batch, "rows": str(self.folder / "rows"),
+            "micro_batch": recipe.micro_batch, "passes": len(rows) // recipe.micro_batch,
+            "rows": str(self.folder / "rows"),
             "model": str(self.folder / "model"), "adapter": str(self.folder / recipe.name),
         }  # fmt: skip
         print(json.dumps(asked), file=self.process.stdin, flush=True)
@@ -213,24 +268,35 @@ class LlamaFactory:
 
 
 def measure(
-    recipes: list[Recipe], rows: list[dict], rounds: int, python: Path | None
+    recipes: list[Recipe], rows: list, rounds: int, python: Path | None, wide: bool = False
 ) -> dict[str, dict[str, list]]:
-    """`rounds` steps of every recipe, in turns, after one to warm up that is not counted."""
-    models = {recipe.name: proxy() for recipe in recipes}
+    """`rounds` steps of every recipe, in turns, after one to warm up that is not counted.
+
+    `rows` are rows, or conversations: lists of rows.
+    """
+    model = proxy(wide)  # one for all: each recipe brings its own adapter
+    adapters = {recipe.name: get_peft_model_state_dict(model) for recipe in recipes}
+    adapters = {name: {k: x.clone() for k, x in one.items()} for name, one in adapters.items()}
     found = {recipe.name: {"seconds": [], "losses": []} for recipe in recipes}
-    draw = random.Random(0)
+    draw, turns = random.Random(0), isinstance(rows[0], list)
     with tempfile.TemporaryDirectory() as folder:
         others = [recipe for recipe in recipes if recipe.llama_factory]
-        server = LlamaFactory(python, folder, others) if others else None
+        server = LlamaFactory(python, folder, others, wide) if others else None
         for round in range(rounds + 1):
-            batch = draw.sample(rows, ROWS_PER_STEP)
-            tokens = sum(len(row["input_ids"]) for row in batch)
+            drawn = draw.sample(rows, ROWS_PER_STEP // TURNS if turns else ROWS_PER_STEP)
+            theirs = [whole(one) for one in drawn] if turns else drawn
+            tokens = sum(len(row["input_ids"]) for row in theirs)
             print(f"round {round}: {tokens} tokens", "(warming up)" if round == 0 else "")
             for recipe in recipes:
+                ours = isinstance(recipe.collator, SharedPrefixCollator)
+                batch = [row for one in drawn for row in one] if turns and ours else theirs
                 if recipe.llama_factory:
                     seconds, loss = server.step(recipe, batch)
                 else:
-                    seconds, loss = step(recipe, models[recipe.name], batch, folder)
+                    set_peft_model_state_dict(model, adapters[recipe.name])
+                    seconds, loss = step(recipe, model, batch, folder)
+                    trained = get_peft_model_state_dict(model)
+                    adapters[recipe.name] = {name: x.clone() for name, x in trained.items()}
                 print(f"    {recipe.name:<24}{seconds:8.3f} s   loss {loss:.6f}", flush=True)
                 if round:
                     found[recipe.name]["seconds"].append(seconds)
@@ -241,8 +307,22 @@ def measure(
     return found
 
 
+def matmul_rate(wide: bool) -> float:
+    """TFLOP/s of this machine on the product that a step has most of: 2,048 tokens through an MLP."""
+    width = 3072 if wide else HIDDEN
+    tokens, weights = torch.randn(2048, width), torch.randn(width, width * 8192 // 3072)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        tokens @ weights
+        seconds.append(time.perf_counter() - start)
+    return 2 * tokens.numel() * weights.shape[1] / statistics.median(seconds) / 1e12
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--wide", action="store_true", help="layers of the 3B's own shape")
+    parser.add_argument("--turns", action="store_true", help="conversations of four answers")
     parser.add_argument("--rows", type=Path, default=ROOT / "data" / "huanhuan_sample.json")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="+", help="recipes, by the beginning of their names")
@@ -253,10 +333,14 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     chosen = [
         r
-        for r in recipes(bool(asked.llamafactory))
+        for r in recipes(bool(asked.llamafactory), asked.turns)
         if not asked.only or r.name.startswith(tuple(asked.only))
     ]
-    found = measure(chosen, dialogues(asked.rows), asked.rounds, asked.llamafactory)
+    vocabulary = WIDE if asked.wide else VOCAB
+    rows = (conversations if asked.turns else dialogues)(asked.rows, vocabulary)
+    rate = matmul_rate(asked.wide)
+    print(f"this machine multiplies matrices at {rate:.3f} TFLOP/s")
+    found = measure(chosen, rows, asked.rounds, asked.llamafactory, asked.wide)
 
     base = statistics.median(found[chosen[0].name]["seconds"])
     print(f"\n{'recipe':<24}{'median s':>10}{'min':>8}{'max':>8}   times faster than the first")
@@ -274,7 +358,8 @@ def main() -> None:
     if asked.out:
         facts = {
             "machine": machine(), "versions": versions(), "threads": torch.get_num_threads(),
-            "rows": asked.rows.name, "hidden": HIDDEN, "vocabulary": VOCAB,
+            "rows": asked.rows.name, "hidden": 3072 if asked.wide else HIDDEN,
+            "vocabulary": vocabulary, "turns": asked.turns, "matmul_tflops": rate,
             "largest_loss_difference": apart, "recipes": found,
         }  # fmt: skip
         if importlib.util.find_spec("trl"):

@@ -35,7 +35,7 @@ from transformers import (
 )
 
 from huanhuan.course import machine, versions
-from huanhuan.train import SharedPrefixCollator, checkpoint_activations
+from huanhuan.train import ROWS, SharedPrefixCollator, checkpoint_activations
 
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
@@ -79,7 +79,7 @@ def bucketed(rows: list[dict], multiple: int = 128) -> dict[str, torch.Tensor]:
 
     A filler sees itself and nobody sees it.
     """
-    batch = SharedPrefixCollator(DTYPE)(rows)
+    batch = SharedPrefixCollator(DTYPE, dense=True)(rows)
     size = batch["input_ids"].shape[1]
     more = -size % multiple
     for name, value in (("input_ids", 0), ("position_ids", 0), ("labels", -100)):
@@ -127,6 +127,7 @@ def train(recipe: Recipe, base, tokenizer, rows: Dataset, steps: int, folder: st
     """A whole training by `recipe`; the base model keeps its weights."""
     torch.manual_seed(0)
     model = step.with_lora(base)
+    model.set_attn_implementation(ROWS if recipe.packing == "shared" else "sdpa")
     if recipe.checkpointing:
         checkpoint_activations(model)
     if recipe.liger:
