@@ -52,8 +52,8 @@ SHAPES = {
     "her": "is_sender issender isself is_self issend is_send ismysend from_me is_from_me",
     "who": "role from speaker sender author talker name 角色 人物 说话人 发言人 发送者 发送人 昵称",
     "said": "content value text utterance message msg strcontent line body 台词 对白 内容 消息",
-    "room": "room_name roomname talkerid strtalker talker nickname remark conversation_id dialog_id"
-    " dialogue_id session_id scene episode 场景 场次 集 会话",
+    "room": "room_name roomname talkerid strtalker talker nickname remark",
+    "scene": "conversation_id dialog_id dialogue_id session_id scene episode 场景 场次 集 会话",
     "time": "createtime strtime time timestamp date datetime 时间 日期",
     "type": "type_name type 类型",
 }
@@ -65,7 +65,7 @@ ROLES |= dict.fromkeys(("assistant", "gpt", "bot", "chatgpt", "model", "ai", "�
 ROLES |= {"system": "system", "developer": "system"}
 HERS = {name.lower() for name in (NAME, *CALLED)}
 # What marks bad answers, and how; of any other mark nothing is certain.
-FLAGS = {"label", "kto_tag", "weight", "train", "is_good", "accepted", "chosen", "status"}
+FLAGS = {"label", "kto_tag", "weight", "loss", "train", "is_good", "accepted", "chosen", "status"}
 BAD = {"false", "0", "0.0", "-1", "bad", "negative", "undesirable", "rejected", "差", "坏", "不好"}
 GOOD = {"true", "1", "1.0", "good", "positive", "desirable", "accepted", "none", "", "好"}
 PLAIN = {"", "1", "text", "txt", "文本", "文字", "文本消息"}  # messages of a chat that are text
@@ -77,14 +77,10 @@ NOT_TEXT = '应当是一段文字，不是数字、true、null、数组或对象
 BINARY = "文件不是文字，是认不出的编码，或者损坏了：Excel、PDF 等请用原来的程序打开，另存为“CSV UTF-8（逗号分隔）”，压缩包请先解压；下载来的请重新下载，写好的请在编辑器里另存为 UTF-8。"
 UNFIT_IS = "（乱码、控制字符或半个表情），请对照原文改正，或者删掉。"
 RENAME = "请把问的那一个改名为 instruction，把她回答的那一个改名为 output（没有就补上，连在一起就拆开，有几个回答的只留好的）。"
-ODD = "最后一句应当是问她的话：一问一答轮流写，问的比答的多一句。"
 HEADER = "第一行应当是列名，这里是 “{}”（之间用英文逗号；第一行就是对话的，请在它上面加一行 instruction,output）。"
 PLACEHOLDER = "占位符 {} 还没有换成真的内容，照这样训练，她会原样说出来"
-EMPTY = "是空的，请写上问她的话和她的回答。"
-UNKNOWN = "不认识：她的话请写 assistant，别人的话请写 user。"
 CUT = '写到这里就断了：文件不完整，请重新下载或导出；自己写的，请补上结束的引号 " 或括号。'
 BROKEN = '请检查这里：逗号、冒号、引号、括号有没有少了或多了，最后一项后面没有逗号，JSON 的标点都是英文的，不能是单引号或全角的；文字里的英文双引号要写成 \\"，反斜杠写成 \\\\，换行和制表符（Tab）写成 \\n、\\t，别的控制字符请删掉；不能写注释、省略号、None、True、nan，没有内容就写 ""；后面多出来的东西请删掉，有几个数组的并成一个。'
-NO_LIST = "应当是一个数组，一问一答轮流写（CSV 里放不下，请用 JSON）。"
 EARLIER = f"多轮对话每个回答成了一条，带着之前（最多 {TURNS} 轮）的话（history）"
 LINES = re.compile(r"[^\r\n]*(?:\r\n?|\n)|[^\r\n]+")
 UNFIT = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffd]")  # to be learnt
@@ -148,10 +144,9 @@ class Log:
 def load_rows(path: str | Path) -> pd.DataFrame:
     """Read and check a dataset: JSON, JSON Lines, CSV or a script, told apart by content.
 
-    Returns one answer a row: ``instruction``, ``input``, ``output``, every text as written, and
-    ``history``, what was said before as a list of [question, answer], oldest first. The index is the
-    row number in the file, the same for all answers of a dialogue; in a script or a chat, that of
-    the answer. ``attrs["report"]`` lists, in Chinese, what was recognised, converted, left out or
+    Returns one answer a row: ``instruction``, ``input``, ``output``, and ``history``, what was said
+    before as a list of [question, answer]. The index counts the rows of the file, or the lines of a
+    script. ``attrs["report"]`` lists, in Chinese, what was recognised, converted, left out or
     noticed, ``attrs["placeholders"]`` how many rows hold each. Raises DatasetError.
     """
     log = Log(Path(path))
@@ -182,11 +177,11 @@ def load_rows(path: str | Path) -> pd.DataFrame:
 
 def fill_placeholders(rows: pd.DataFrame, values: dict[str, str]) -> pd.DataFrame:
     """`rows` with each placeholder of `values`, such as ``{"{{name}}": NAME}``, replaced everywhere."""
+    marks = re.compile("|".join(map(re.escape, values)))
 
-    def filled(part):
-        if type(part) is list:
-            return [*map(filled, part)]
-        return re.sub("|".join(map(re.escape, values)) or "$^", lambda mark: values[mark[0]], part)
+    def filled(part: str | list) -> str | list:
+        text = type(part) is str
+        return marks.sub(lambda mark: values[mark[0]], part) if text else [*map(filled, part)]
 
     done, report = rows.copy(), rows.attrs["report"]
     for name in rows:
@@ -331,11 +326,10 @@ def _plan(keys: tuple[str, ...]) -> SimpleNamespace:
     if found["input"] == found["instruction"]:  # beside a misspelt name it asks nothing
         alike = any(name.startswith("ins") for name in lower.keys() - KNOWN)
         found["instruction" if alike else "input"] = None
-    if found["chosen"] and not (found["instruction"] or found["turns"]):
-        found |= {"turns": found["chosen"], "output": None}  # a whole conversation
-    elif found["turns"] and not (strong["instruction"] and strong["output"]):
+    if not (strong["instruction"] and strong["output"]) and (found["turns"] or found["chosen"]):
         # Beside the turns of a dialogue only a chosen last answer is of use.
-        found |= {"instruction": None, "input": None, "output": found["chosen"]}
+        found |= {"instruction": None, "input": None, "output": found["turns"] and found["chosen"]}
+        found["turns"] = found["turns"] or found["chosen"]  # a whole conversation
     else:
         found["turns"] = None
     read = found["turns"] or (found["instruction"] and found["output"])
@@ -416,14 +410,16 @@ def _chats(rows: Iterator, plan: SimpleNamespace, log: Log) -> Iterator[list]:
     The rooms of a chat may take turns, the scenes of a play do not.
     """
     who, room, talks, last = plan.her or plan.who, None, {}, {}
-    log.note(f"每{log.unit}是一句话：{who} 是 {'1' if plan.her else NAME} 的是回答，之前的是问题")
+    names = f"{NAME}（或 assistant）"
+    log.note(f"每{log.unit}是一句话：{who} 是 {1 if plan.her else names} 的是回答，之前的是问题")
     for log.row, row in rows:
         row = row if type(row) is dict else {}
         role = _role(row.get(who)) or "user"
         if plan.her:
             role = HER if _word(row.get(who)) in ("1", "true") else "user"
         # Where no column names the room, whoever else speaks does.
-        here = row.get(plan.room) or (row.get(plan.who) if plan.her and role != HER else room)
+        here = row.get((plan.her and plan.room) or plan.scene)
+        here = here or (row.get(plan.who) if plan.her and role != HER else room)
         room, before = _word(here), room
         if not row or not (plan.her or room == before):
             yield from talks.values()
@@ -483,7 +479,7 @@ def _lines(value: Any, log: Log, role="user", place="", learn=True) -> Iterator[
         log.note(note, log.row)
     for key in (plan.history, plan.turns):
         if key and type(value[key]) is not list and value[key] not in (None, "", "[]"):
-            raise _Fault(log.row, key, NO_LIST)
+            raise _Fault(log.row, key, "应当是一个数组，一问一答轮流写；CSV 放不下，用 JSON。")
     if plan.history and type(value[plan.history]) is list:
         past = [*_lines(value[plan.history], log, "user", plan.history, None)]
         roles = [_role(line[1]) or "user" for line in past]
@@ -502,13 +498,11 @@ def _lines(value: Any, log: Log, role="user", place="", learn=True) -> Iterator[
         ask, answer = [text for pair in zip(ask, answer, strict=True) for text in pair], []
     answered = [*_lines(answer, log, HER, place or plan.output, learn)] if plan.output else []
     if len(answered) > 1 and all(_role(line[1]) == HER for line in answered):  # to choose from
-        if any(line[2] != answered[0][2] for line in answered):
-            raise _Fault(log.row, place or plan.output, NOT_TEXT)
-        answered = answered[:1]
+        raise _Fault(log.row, place or plan.output, NOT_TEXT)
     if plan.instruction and not any(_role(line[1]) == "user" for line in answered):
         asked = [*_lines(ask, log, "user", place or plan.instruction, learn)]
         if asked and answered and _role(asked[-1][1]) == HER:
-            raise _Fault(log.row, plan.instruction, ODD)
+            raise _Fault(log.row, plan.instruction, "一问一答轮流写，问的要比答的多一句。")
         if plan.input:
             yield log.row, "input", value[plan.input], place or plan.input, learn
         yield from asked
@@ -543,9 +537,9 @@ def _turns(lines: list[tuple], log: Log) -> Iterator[tuple]:
         elif role == "input":
             given = text
         elif not role:
-            raise _Fault(number, place, f"角色 {str(name)[:40]} {UNKNOWN}")
+            raise _Fault(number, place, f"角色 {name!s:.20} 不认识：她是 assistant，别人是 user。")
         elif not (text.strip() or (role == "user" and given.strip())):
-            raise _Fault(number, place, EMPTY)
+            raise _Fault(number, place, "是空的，请写上问她的话和她的回答。")
         elif role == "user":
             asked = text
         elif asked is not None:
@@ -580,7 +574,7 @@ def _collected(dialogues: Iterator, log: Log) -> tuple:
                     for mark in dict.fromkeys(_TO_FILL.findall(both)):
                         log.note(PLACEHOLDER.format(mark), number)
                         holds[mark] += 1
-                    found = {mark.strip() for mark in _MARK.findall(both)}
+                    found = [*dict.fromkeys(map(str.strip, _MARK.findall(both)))]
                     marks.update(found)
                     marked += bool(found)
             said.append([f"{ask}\n{given}" if ask and given else ask or given, answer])
