@@ -570,6 +570,7 @@ def test_placeholders_are_offered_and_filled(tmp_path):
     table = load_rows(saved(tmp_path, rows))
     assert table.attrs["placeholders"] == {"{{user}}": 1, "{{name}}": 2}
     filled = fill_placeholders(table, {"{{name}}": "甄嬛", "{{nobody}}": "无"})
+    assert texts(fill_placeholders(table, {})) == texts(table)
     assert "甄嬛" not in str(table.values) and "{{name}}" not in str(filled.values)
     assert filled.loc[2, "history"].tolist() == [[], [["你是", "甄嬛"]]]
     assert filled.attrs["placeholders"] == {"{{user}}": 1}

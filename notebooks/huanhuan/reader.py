@@ -177,7 +177,7 @@ def load_rows(path: str | Path) -> pd.DataFrame:
 
 def fill_placeholders(rows: pd.DataFrame, values: dict[str, str]) -> pd.DataFrame:
     """`rows` with each placeholder of `values`, such as ``{"{{name}}": NAME}``, replaced everywhere."""
-    marks = re.compile("|".join(map(re.escape, values)))
+    marks = re.compile("|".join(map(re.escape, values)) or "(?!)")
 
     def filled(part: str | list) -> str | list:
         text = type(part) is str
@@ -301,7 +301,7 @@ def _script(text: str, log: Log) -> Iterator[tuple[int, Any]]:
         elif rows and (line or gaps):
             rows.append((number, {}))
     names = [*dict.fromkeys(row["role"] for _, row in rows if row)]
-    if len(rows) < others or not any(_role(name) == HER for name in names):
+    if len(rows) < others or not any(_role(_word(name)) == HER for name in names):
         log.stop(f"{PROSE}（这里开口的有：{'、'.join(names[:NAMED]) or '没有人'}）。")
     yield from rows
 
@@ -310,8 +310,8 @@ def _word(value: Any) -> str:
     return "" if type(value) in (list, dict) else str(value).strip().lower()
 
 
-def _role(name: Any) -> str | None:
-    return HER if _word(name) in HERS else "input" if name == "input" else ROLES.get(_word(name))
+def _role(word: str) -> str | None:
+    return HER if word in HERS else word if word == "input" else ROLES.get(word)
 
 
 @lru_cache(maxsize=1000)  # nearly all rows of a file have the same keys
@@ -414,7 +414,7 @@ def _chats(rows: Iterator, plan: SimpleNamespace, log: Log) -> Iterator[list]:
     log.note(f"每{log.unit}是一句话：{who} 是 {1 if plan.her else names} 的是回答，之前的是问题")
     for log.row, row in rows:
         row = row if type(row) is dict else {}
-        role = _role(row.get(who)) or "user"
+        role = _role(_word(row.get(who))) or "user"
         if plan.her:
             role = HER if _word(row.get(who)) in ("1", "true") else "user"
         # Where no column names the room, whoever else speaks does.
@@ -469,7 +469,9 @@ def _lines(value: Any, log: Log, role="user", place="", learn=True) -> Iterator[
         if plan.said and not named:
             yield from _lines(value[plan.said], log, role, place, learn)
         else:
-            yield from ((log.row, key, value[key], place, learn) for key in named or value if place)
+            yield from (
+                (log.row, _word(key), value[key], place, learn) for key in named or value if place
+            )
         return
     unread = plan.rest + [key for key in plan.flags if _word(value[key]) not in BAD | GOOD]
     notes = {f"字段 {key[:40]} 课程用不到，没有读入": True for key in unread}
@@ -490,7 +492,7 @@ def _lines(value: Any, log: Log, role="user", place="", learn=True) -> Iterator[
             log.note("history 是这一条的前文，其中的回答也各成一条", log.row)
             yield from past
     if plan.line:
-        yield log.row, value.get(plan.who), value[plan.said], place, learn
+        yield log.row, _word(value.get(plan.who)), value[plan.said], place, learn
     if plan.turns:
         yield from _lines(value[plan.turns] or [], log, "user", plan.turns, learn)
     ask, answer = value.get(plan.instruction), value.get(plan.output)
@@ -526,7 +528,7 @@ def _turns(lines: list[tuple], log: Log) -> Iterator[tuple]:
 
     What one side says in a row is one text: several may speak before she does.
     """
-    others = "user" if any(_word(line[1]) in HERS for line in lines) else None  # people of a play
+    others = "user" if any(line[1] in HERS for line in lines) else None  # people of a play
     asked, given = None, ""
     for role, group in groupby(lines, lambda line: _role(line[1]) or others):
         group = [*group]
