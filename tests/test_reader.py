@@ -87,37 +87,38 @@ ZOO = {
     "null": ("null", "a.json", 0, "", "整理成 JSON"),
     "objects on several lines": (json.dumps(GOOD, indent=1) + "\n" + A, "a.json", 0, "", "只有一个不同的问题"),
     # JSON syntax
-    "trailing comma in a row": (f'[{A},{{"instruction": "a", "output": "b",}}]', "a.json", 2, "", "JSON 的标点都是英文的"),
-    "two commas": (f"[{A},,{B}]", "a.json", 2, "", "JSON 的标点都是英文的"),
-    "no comma between fields": ('[{"instruction": "a" "output": "b"}]', "a.json", 1, "", "JSON 的标点都是英文的"),
-    "no colon": ('[{"instruction" "a"}]', "a.json", 1, "", "JSON 的标点都是英文的"),
+    "trailing comma in a row": (f'[{A},{{"instruction": "a", "output": "b",}}]', "a.json", 2, "", "多了一个逗号"),
+    "two commas": (f"[{A},,{B}]", "a.json", 2, "", "多了一个逗号"),
+    "no comma between fields": ('[{"instruction": "a" "output": "b"}]', "a.json", 1, "", "少了一个英文逗号"),
+    "no colon": ('[{"instruction" "a"}]', "a.json", 1, "", "字段名带英文双引号"),
     "single quotes": (f"[{A},\n{{'instruction': 'a'}}]", "a.json", 2, "", "单引号"),
     "full-width quotes": (f"[{A},{{“instruction”: “a”}}]", "a.json", 2, "", "全角的"),
-    "full-width end quote": ('[{"instruction": "a”, "output": "b"}]', "a.json", 1, "", "JSON 的标点都是英文的"),
-    "full-width colon": ('[{"instruction"："a"}]', "a.json", 1, "", "JSON 的标点都是英文的"),
-    "full-width comma": (f"[{A}，{B}]", "a.json", 2, "", "JSON 的标点都是英文的"),
-    "full-width bracket": (f"【{A}】", "a.json", 1, "", "JSON 的标点都是英文的"),
+    "full-width end quote": ('[{"instruction": "a”, "output": "b"}]', "a.json", 1, "", "结尾的引号不能是全角"),
+    "full-width colon": ('[{"instruction"："a"}]', "a.json", 1, "", "标点应当是英文的"),
+    "full-width comma": (f"[{A}，{B}]", "a.json", 1, "", "标点应当是英文的"),
+    "full-width bracket": (f"【{A}】", "a.json", 1, "", "标点应当是英文的"),
     "comment": (f"[{A}, // 第二条\n{B}]", "a.json", 2, "", "不能写注释"),
-    "comment first": (f"# 对话\n[{A}]", "a.json", 0, "", "整理成 JSON"),
+    "comment first": (f"# 对话\n[{A}]", "a.json", 1, "", "不能写注释"),
     "line break in a text": ('[{"instruction": "a\nb", "output": "c"}]', "a.json", 1, "", "写成 \\n"),
     "tab in a text": ('[{"instruction": "a\tb", "output": "c"}]', "a.json", 1, "", "写成 \\n、\\t"),
     "control in a text": ('[{"instruction": "a\x07b", "output": "c"}]', "a.json", 1, "", "控制字符"),
     "quote in a text": ('[{"instruction": "他说"好"吧", "output": "c"}]', "a.json", 1, "", '写成 \\"'),
     "backslash": ('[{"instruction": "C:\\data", "output": "c"}]', "a.json", 1, "", "写成 \\\\"),
-    "None": ('[{"instruction": "a", "output": None}]', "a.json", 1, "", "JSON 的标点都是英文的"),
-    "True": ('[{"instruction": "a", "output": True}]', "a.json", 1, "", "JSON 的标点都是英文的"),
-    "nan": ('[{"instruction": "a", "output": nan}]', "a.json", 1, "", "JSON 的标点都是英文的"),
+    "None": ('[{"instruction": "a", "output": None}]', "a.json", 1, "", "（如 Python）的写法"),
+    "True": ('[{"instruction": "a", "output": True}]', "a.json", 1, "", "（如 Python）的写法"),
+    "nan": ('[{"instruction": "a", "output": nan}]', "a.json", 1, "", "JSON 里没有"),
     "ellipsis": (f"[{A}, ...]", "a.json", 2, "", "省略号"),
-    "key without quotes": ('[{instruction: "a"}]', "a.json", 1, "", "JSON 的标点都是英文的"),
-    "brackets crossed": ('[{"instruction": "a"]', "a.json", 1, "", "JSON 的标点都是英文的"),
-    "cut in a text": (f"[{A},{B}"[:-5], "a.json", 2, "", "文件不完整"),
+    "key without quotes": ('[{instruction: "a"}]', "a.json", 1, "", "字段名带英文双引号"),
+    "brackets crossed": ('[{"instruction": "a"]', "a.json", 1, "", "结尾的引号不能是全角"),
+    "cut in a text": (f"[{A},{B}"[:-5], "a.json", 2, "", "没有结束的引号"),
     "cut in a row": (f"[{A},{B}"[:-1], "a.json", 2, "", "文件不完整"),
-    "cut between rows": (f"[{A}", "a.json", 2, "", "文件不完整"),
+    "cut between rows": (f"[{A}", "a.json", 1, "", "文件不完整"),
     "cut after the bracket": ("[", "a.json", 1, "", "文件不完整"),
-    "text after the end": (f"[{A},{B}]\n完", "a.json", 2, "", "后面多出来的东西请删掉"),
+    "text after the end": (f"[{A},{B}]\n完", "a.json", 2, "", "删掉后面多出来的"),
+    "nested too deeply": ("[" * 100_000, "a.json", 1, "", "括号套得太深"),
     # JSON lines
     "bad line": (f"{A}\n\n你好\n{B}\n", "a.jsonl", 2, "", "文件第 3 行第 1 个字符"),
-    "first line cut off": (f"{A[:-1]}\n{B}\n", "a.jsonl", 1, "", "JSON 的标点都是英文的"),
+    "first line cut off": (f"{A[:-1]}\n{B}\n", "a.jsonl", 1, "", "结尾的引号不能是全角"),
     "line cut off": (f"{A}\n{B[:-1]}", "a.jsonl", 2, "", "文件第 2 行"),
     # rows
     "row a text": ([GOOD, "你好"], "a.json", 2, "", '这一条应当是 {"instruction"'),
@@ -194,6 +195,16 @@ def test_place_of_a_syntax_error(tmp_path, content, says):
     assert says in str(refused(saved(tmp_path, content)))
 
 
+@pytest.mark.parametrize("depth", [500, 900, 3000, 100_000])
+@pytest.mark.parametrize(
+    "row", ['{"messages": [%s]}', "[%s]", '{"role": "user", "content": "a", "time": [%s]}']
+)
+def test_nesting_of_any_depth_ends_in_a_dataset_error(tmp_path, row, depth):
+    before, after = row.split("%s")
+    refused(saved(tmp_path, f"[{A}, {before * depth}{after * depth}, 7]"))
+    refused(saved(tmp_path, f"[{row % ('[' * depth + ']' * depth)}, 7]"))
+
+
 def test_every_problem_is_listed_twenty_are_shown(tmp_path):
     error = refused(saved(tmp_path, [{"instruction": "a"}] * 25))
     assert [problem[0] for problem in error.problems] == list(range(1, 26))
@@ -215,7 +226,7 @@ def test_problems_of_all_kinds_come_together(tmp_path):
 
 def test_broken_syntax_is_named_first_and_what_came_before_is_not_lost(tmp_path):
     error = refused(saved(tmp_path, f'[{A}, {{"instruction": "a"}}, {B} x]'))
-    assert [problem[:2] for problem in error.problems] == [(4, ""), (2, "output")]
+    assert [problem[:2] for problem in error.problems] == [(3, ""), (2, "output")]
 
 
 def test_what_is_no_ordinary_file_is_refused(tmp_path):
@@ -536,6 +547,7 @@ ADVISED = {
     "script without her": ("客人：有座吗？\n掌柜：里边请。\n客人：来壶茶\n", "a.txt", ["这是一篇文字，不是一问一答的数据", "客人、掌柜"]),
     "lines without her": ([{"speaker": "客人", "text": "a"}, {"speaker": "掌柜", "text": "b"}], "a.json", ["里面一条对话也没有"]),
     "WeChat without her": (chat("文本,0,友,友,吃了吗,", "文本,0,友,友,还没,"), "a.csv", ["里面一条对话也没有"]),
+    "turns within turns": ('{"messages": [' * 400 + "]}" * 400, "a.json", ["里面一条对话也没有"]),
     "WeChat with one question": (chat("文本,0,友,友,吃了吗,", "文本,1,我,友,还没,"), "a.csv", ["只有一个不同的问题"]),
     "nothing but bad answers": ([ROW | {"label": False}], "a.json", ["一条对话也没有", "标着 label: false"]),
     "questions and answers out of step": ([{"instruction": ["a", "b"], "output": ["c"]}], "a.json", ["instruction", "问的要比答的多一句"]),

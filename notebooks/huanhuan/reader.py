@@ -79,13 +79,24 @@ UNFIT_IS = "（乱码、控制字符或半个表情），请对照原文改正�
 RENAME = "请把问的那一个改名为 instruction，把她回答的那一个改名为 output（没有就补上，连在一起就拆开，有几个回答的只留好的）。"
 HEADER = "第一行应当是列名，这里是 “{}”（之间用英文逗号；第一行就是对话的，请在它上面加一行 instruction,output）。"
 PLACEHOLDER = "占位符 {} 还没有换成真的内容，照这样训练，她会原样说出来"
-CUT = '写到这里就断了：文件不完整，请重新下载或导出；自己写的，请补上结束的引号 " 或括号。'
-BROKEN = '请检查这里：逗号、冒号、引号、括号有没有少了或多了，最后一项后面没有逗号，JSON 的标点都是英文的，不能是单引号或全角的；文字里的英文双引号要写成 \\"，反斜杠写成 \\\\，换行和制表符（Tab）写成 \\n、\\t，别的控制字符请删掉；不能写注释、省略号、None、True、nan，没有内容就写 ""；后面多出来的东西请删掉，有几个数组的并成一个。'
+DEEP = f"括号套得太深了，一条对话应当是 {EXAMPLE}。"
+# Where JSON breaks off: how what the parser says begins, what stands there (a pattern; its first
+# character is the one before), and the remedy. The first that fits is given.
+REMEDIES = (
+    ("Unterminated", "", '这里没有结束的引号 " 或括号：自己写的，请补上；后面本来还有内容的，是文件不完整，请重新下载或导出。'),
+    ("Invalid", "", '文字里的换行和制表符（Tab）要写成 \\n、\\t，反斜杠 \\ 要写成 \\\\，别的控制字符请删掉；文字到此为止的，请补上引号 "。'),
+    ("", r".(//|/\*|#|…|\.\.|(None|True|False|nan|inf|undefined|NULL)\b)", 'JSON 里没有别的语言（如 Python）的写法：不能写注释、省略号，请删掉；None、True、nan 请写成文字，没有内容就写 ""。'),
+    ("Extra", "", "内容到这里已经结束，请删掉后面多出来的东西；有几个数组的，请并成一个。"),
+    ("", r".?,\s*[\]},]", "多了一个逗号：最后一项后面没有逗号，请删掉。"),
+    ("", ".['“‘’”＂「」『』，、；;：=【】［］｛｝()（）]", '这里的标点应当是英文的：双引号 " 逗号 , 冒号 : 括号 [ ] { }，不能是单引号，也不能是全角的。'),
+    ("Expecting ','", "", '这里应当是逗号或结束的括号：可能少了一个英文逗号；前面那段文字里的英文双引号要写成 \\"，它结尾的引号不能是全角的；{ 用 } 结束，[ 用 ] 结束。'),
+    ("", "", f"JSON 文件应当是 [{EXAMPLE}, …]：字段名带英文双引号，后面是英文冒号 : ，请检查这里的逗号、引号和括号。"),
+)  # fmt: skip
 EARLIER = f"多轮对话每个回答成了一条，带着之前（最多 {TURNS} 轮）的话（history）"
 LINES = re.compile(r"[^\r\n]*(?:\r\n?|\n)|[^\r\n]+")
 UNFIT = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffd]")  # to be learnt
 _blank = re.compile(r"[ \t\r\n]*").match  # what JSON calls white space, nothing else
-_jsonish = re.compile(r"\s*(?:\{(?!\\rtf)|｛|[\[【［]\s*(?:[\[{｛\"'“/#\]]|\Z))").match
+_jsonish = re.compile(r"(?:\s*(?:#|/[/*]).*\n)*\s*(?:\{(?!\\rtf)|｛|[\[【［]\s*(?:[\[{｛\"'“/#\]]|\Z))").match  # fmt: skip
 _scene = re.compile(r"第[\d一二三四五六七八九十百零〇 ]{1,6}[场幕集回章节]|(?:场景|时间|地点|人物|出场)\s*[：:]|(?:INT|EXT)\.|[-*=—]{3,}$").match  # fmt: skip
 _speech = re.compile(r"[\s*_>-]*(?!\d|旁白|字幕|画外音)([^：:，。！？“”\"…（(【\[]{1,20}?)\s*(?:OS|VO|[（(【\[][^：:]*)?[\s*_]*[：:][\s*_]*(.+)").fullmatch  # fmt: skip
 _no_words = re.compile(r"\s*(?:(?:\[(?:图片|表情|动画表情|语音|视频|文件|链接|位置|红包|转账|名片)[^]]*\]\s*)+|.{0,40}撤回了一条消息.{0,9}|<(?:\?xml|msg)\b.*)", re.S).fullmatch  # fmt: skip
@@ -150,8 +161,10 @@ def load_rows(path: str | Path) -> pd.DataFrame:
     noticed, ``attrs["placeholders"]`` how many rows hold each. Raises DatasetError.
     """
     log = Log(Path(path))
-    # The text gets no name here, so that it is freed as soon as it is used up.
-    rows, numbers, past, placeholders = _collected(_dialogues(_values(_text(log), log), log), log)
+    try:  # the text gets no name here, so that it is freed as soon as it is used up
+        rows, numbers, past, holds = _collected(_dialogues(_values(_text(log), log), log), log)
+    except RecursionError:
+        log.stop(DEEP, log.row)
     if log.problems:
         raise DatasetError(log.path, log.problems)
     if len({ask.strip() for ask, *_ in rows}) < 2:
@@ -171,7 +184,7 @@ def load_rows(path: str | Path) -> pd.DataFrame:
     table = table[~spare]
     if len(table) < FEW:
         log.note(f"只有 {len(table)} 条，教不会她什么，请尽量写到几十条以上")
-    table.attrs |= {"report": log.report(), "placeholders": placeholders}
+    table.attrs |= {"report": log.report(), "placeholders": holds}
     return table
 
 
@@ -244,20 +257,24 @@ def _json_rows(text: str, head: str, log: Log) -> Iterator[tuple[int, Any]]:
     place = _blank(text, place + array).end()
     try:
         while text[place : place + 1] != "]" if array else place < len(text):
-            number += 1
+            log.row = number = number + 1
             value, place = _JSON.raw_decode(text, place)
             place = _blank(text, place).end()
             if number == 1 and not array and place == len(text):
                 return (yield from enumerate(_unwrapped(value, log), 1))
             yield number, value
+            if array and (text[place : place + 1] or " ") not in ",]{[":
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, place)
             place = _blank(text, place + (text[place : place + 1] == ",")).end()
         if array and (place := _blank(text, place + 1).end()) < len(text):
             raise json.JSONDecodeError("Extra data", text, place)
     except json.JSONDecodeError as error:
-        before, here = text[max(0, error.pos - 12) : error.pos], text[error.pos :][:12]
-        cut, near = not here.strip() or "Unterm" in error.msg, " ".join((before + here).split())
+        before, here = text[max(0, error.pos - 60) : error.pos].rstrip(), text[error.pos :][:40]
+        says, at = error.msg if here.strip() else "Unterminated", (before[-1:] or " ") + here
+        remedy = next(r for msg, spot, r in REMEDIES if says.startswith(msg) and re.match(spot, at))
+        near = " ".join((before[-12:] + here[:12]).split())
         where = f"文件第 {error.lineno} 行第 {error.colno} 个字符（{near}）附近不合 JSON 的写法"
-        log.stop(f"{where}：{CUT if cut else BROKEN}", number)
+        log.stop(f"{where}：{remedy}", number)
     except _Fault as fault:
         log.stop(fault.args[2], number, fault.args[1])
 
