@@ -1,6 +1,9 @@
 import json
+import os
 import random
 import sys
+import threading
+import time
 
 import pandas as pd
 import pytest
@@ -232,6 +235,13 @@ def test_broken_syntax_is_named_first_and_what_came_before_is_not_lost(tmp_path)
 def test_what_is_no_ordinary_file_is_refused(tmp_path):
     assert "打不开" in str(refused(tmp_path / "nowhere.json"))
     assert "文件夹" in str(refused(tmp_path))
+    assert "打不开" in str(refused(tmp_path / "a\0b.json"))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_pipe_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    assert "不是普通文件" in str(refused(tmp_path / "pipe.json"))
 
 
 def test_no_permission(tmp_path, monkeypatch):
@@ -240,6 +250,43 @@ def test_no_permission(tmp_path, monkeypatch):
 
     monkeypatch.setattr("pathlib.Path.read_bytes", denied)
     assert "权限" in str(refused(saved(tmp_path, [GOOD, OTHER])))
+
+
+def test_file_that_is_still_written_is_refused(tmp_path):
+    path, done = saved(tmp_path, [GOOD, OTHER]), threading.Event()
+
+    def append():
+        with path.open("ab", buffering=0) as file:
+            while not done.is_set():
+                file.write(b" ")
+
+    writer = threading.Thread(target=append)
+    writer.start()
+    try:
+        said, deadline = "", time.monotonic() + 20
+        while "读的时候变了" not in said and time.monotonic() < deadline:
+            try:
+                load_rows(path)
+            except DatasetError as error:
+                said = str(error)
+    finally:
+        done.set()
+        writer.join()
+    assert "读的时候变了" in said and "再运行一次" in said
+    assert len(load_rows(path)) == 2  # and once it is quiet
+
+
+def test_file_that_is_replaced_by_one_of_the_same_size_is_refused(tmp_path, monkeypatch):
+    path = saved(tmp_path, [GOOD, OTHER])
+
+    def read_and_touch(self):
+        with self.open("rb") as file:
+            raw = file.read()
+        os.utime(self, ns=(1, self.stat().st_mtime_ns + 1))
+        return raw
+
+    monkeypatch.setattr("pathlib.Path.read_bytes", read_and_touch)
+    assert "读的时候变了" in str(refused(path))
 
 
 def test_texts_come_back_as_written(tmp_path):

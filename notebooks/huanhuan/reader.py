@@ -208,11 +208,16 @@ def fill_placeholders(rows: pd.DataFrame, values: dict[str, str]) -> pd.DataFram
 
 
 def _text(log: Log) -> str:
-    """The text of the file, in any common encoding."""
+    """The text of the file, which nobody may be writing to, in any common encoding."""
     try:
-        raw = log.path.read_bytes()
-    except OSError as error:
+        before = log.path.stat()
+        if not log.path.is_file():  # reading a pipe could wait for ever
+            log.stop("这不是普通文件，是文件夹、管道或设备：请写出数据文件本身的名字。")
+        raw, after = log.path.read_bytes(), log.path.stat()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         log.stop(f"文件 {log.path} 打不开（{error}）：请检查文件名、文件夹和读它的权限。")
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        log.stop("文件在读的时候变了，可能还在上传或保存，请等它写完，再运行一次。")
     text = None
     with suppress(UnicodeDecodeError):
         text = raw.decode("utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8")
