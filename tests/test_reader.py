@@ -232,6 +232,11 @@ def test_broken_syntax_is_named_first_and_what_came_before_is_not_lost(tmp_path)
     assert [problem[:2] for problem in error.problems] == [(3, ""), (2, "output")]
 
 
+def test_after_a_thousand_problems_reading_ends(tmp_path):
+    error = refused(saved(tmp_path, "{}\n" * 5000, "a.jsonl"))
+    assert len(error.problems) == 1000 and "不止 980 处" in str(error)
+
+
 def test_what_is_no_ordinary_file_is_refused(tmp_path):
     assert "打不开" in str(refused(tmp_path / "nowhere.json"))
     assert "文件夹" in str(refused(tmp_path))
@@ -415,6 +420,13 @@ def test_duplicates_are_kept_and_reported(tmp_path):
 def test_long_cell_of_a_csv_is_read(tmp_path):
     path = saved(tmp_path, HEAD + "你好,,你好。\n你是谁,," + "长" * 200_000)
     assert load_rows(path)["output"].str.len().tolist() == [3, 200_000]
+
+
+def test_field_names_that_never_end_do_not_fill_the_report(tmp_path):
+    rows = [GOOD | {f"字段{number}": ""} for number in range(1500)] + [OTHER]
+    report = load_rows(saved(tmp_path, rows)).attrs["report"]
+    assert len(report) == 101 and "字段 字段99 课程用不到，没有读入：第 100 条。" in report
+    assert any("没有一一列出" in sentence and "等 2899 条" in sentence for sentence in report)
 
 
 def d(ask, answer, given="", history=(), **more):

@@ -25,7 +25,8 @@ from charset_normalizer import from_bytes
 from huanhuan import CourseError
 from huanhuan.persona import CALLED, NAME
 
-SHOWN, NAMED = 20, 10  # problems in a message; row numbers in a sentence of the report
+SHOWN, KEPT = 20, 1000  # problems in a message; found before reading ends, however bad the file
+NAMED, NOTES = 10, 100  # row numbers in a sentence of the report; sentences of an odd file
 FEW = 10  # rows of a file, of which the report speaks
 TURNS = 100  # turns of history a row holds at most: endless dialogues stay linear
 SILENCE = 3  # hours without a word, after which a chat is another conversation
@@ -116,7 +117,8 @@ class DatasetError(CourseError):
             where = "的 ".join([f"第 {row} 条"] * bool(row) + [field[:40]] * bool(field))
             lines.append(f"{where}：{message}" if where else message)
         if len(problems) > SHOWN:
-            lines.append(f"……另外还有 {len(problems) - SHOWN} 处问题")
+            more = "还有" if len(problems) < KEPT else "不止"
+            lines.append(f"……另外{more} {len(problems) - SHOWN} 处问题")
         body = "\n  ".join([""] * (len(lines) > 1) + lines)
         # It quotes the file: nothing that a terminal could not print.
         super().__init__(UNFIT.sub("\ufffd", f"数据集 {path.name} 用不了，什么都没有写入。{body}"))
@@ -134,11 +136,18 @@ class Log:
         self.row, self.unit = 0, "条"  # the current row; rows are counted, or lines of a script
         self.notes: dict[str, list[int]] = {}  # sentence -> the rows it holds for
 
+    def problem(self, *problem: Any) -> None:
+        self.problems.append(problem)
+        if len(self.problems) >= KEPT:
+            raise DatasetError(self.path, self.problems)
+
     def stop(self, message: str, row: int = 0, field: str = "") -> NoReturn:
         """Raise DatasetError now: this problem, then those found before."""
         raise DatasetError(self.path, [(row, field, message), *self.problems])
 
     def note(self, sentence: str, number: int = 0) -> None:
+        if sentence not in self.notes and len(self.notes) >= NOTES:
+            sentence = "还有很多别的情况，没有一一列出"
         numbers = self.notes.setdefault(sentence, [])
         if number and numbers[-1:] != [number]:
             numbers.append(number)
@@ -304,7 +313,7 @@ def _csv_rows(text: str, head: str, log: Log) -> Iterator[tuple[int, Any]]:
                     counts = (
                         f"文件第 {reader.line_num} 行有 {len(cells)} 格，列名有 {len(header)} 个"
                     )
-                    log.problems.append((number, "", f"{counts}：{QUOTING}"))
+                    log.problem(number, "", f"{counts}：{QUOTING}")
     except csv.Error:  # Python 3.10 refuses NUL, too
         log.stop(f"从这里起引号没有配对，或者有空字符：{QUOTING}", number + bool(header))
 
@@ -584,7 +593,7 @@ def _collected(dialogues: Iterator, log: Log) -> tuple:
         try:
             turns = [*_turns([*lines], log)]
         except _Fault as fault:
-            log.problems.append(fault.args)
+            log.problem(*fault.args)
             continue
         for number, ask, given, answer, learn in turns:
             both = "\n".join((ask, given, answer))
