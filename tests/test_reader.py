@@ -636,6 +636,35 @@ def test_what_is_not_certain_is_refused_with_advice(tmp_path, name):
         assert (word.lstrip("|") in message) != word.startswith("|"), message
 
 
+LONG = [[f"问{number}", f"答{number}"] for number in range(130)]
+AGAIN = {
+    "dialogues": [[U, A1, U2, A2], GOOD, [U2, A2, U, A1], [U, A1, U2, A2], ROW],
+    "history": [ROW2 | {"history": [["有座吗？", "里边请。"]]}, GOOD, PAY | {"history": [["一", "二"]]}],
+    "history after its row": [TWO_AFTER, ROW, OTHER],
+    "input": [d("译", "a", "甲"), d("译", "b", "乙", [["译\n甲", "a"]]), d("", "c", "丙"), d("丁", "d", history=[["丙", "c"]])],
+    "more turns than a history holds": [LONG, GOOD],
+    "long history": [GOOD | {"history": LONG}, OTHER, OTHER | {"history": [*LONG, ["又", "来"]]}],
+    "a bad answer in a dialogue that is longer": [{"messages": [U, A1, U2, A2 | {"weight": 0}] + [U, A1, U2, A2] * 60}, GOOD, ROW2],
+    "questions that are names of roles": [turns(*zip("ua" * 3, said, strict=True)) for said in (["AI", "一", "助手", "二", "走", "三"], ["你好", "四", "user", "五", "走", "六"], ["bot", "七", "来", "八", "坐", "九"])],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", AGAIN)
+def test_rows_written_as_json_are_read_as_the_same_rows(tmp_path, name):
+    table = load_rows(saved(tmp_path, AGAIN[name]))
+    for indent in (1, None):
+        path = tmp_path / "filled.json"
+        table.to_json(path, orient="records", force_ascii=False, indent=indent)
+        again = load_rows(path)
+        assert again.to_dict("records") == table.to_dict("records")
+        assert not any("多轮对话每个回答" in sentence for sentence in again.attrs["report"])
+
+
+def test_a_text_in_a_json_of_one_line_is_no_header(tmp_path):
+    rows = [GOOD | {"instruction": "有 prompt, question, answer, text 吗"}, OTHER]
+    assert texts(load_rows(saved(tmp_path, rows))) == rows
+
+
 def test_placeholders_are_offered_and_filled(tmp_path):
     rows = [d("{{user}}问", "我是 {{name}}"), ROW2 | {"history": [["你是", "{{name}}"]]}, ROW, ROW2]
     table = load_rows(saved(tmp_path, rows))

@@ -74,15 +74,14 @@ TRAIN = ("train", "training", "训练")  # where files keep their rows
 WRAPS = (*TRAIN, "data", "rows", "instances", "examples", "items", "records", "dialogues")
 PROSE = f"这是一篇文字，不是一问一答的数据：请整理成 JSON，每条 {EXAMPLE}，或有 instruction,output 两列的 CSV。网页请重新下载原始文件，YAML 请转存成 JSON；剧本请写成“名字：台词”，每句一行，她的名字写成 {NAME}"
 QUOTING = '有逗号、换行或引号的格子，整格用一对英文双引号 " 括起来，里面的引号写成两个 ""；引号前没有空格，空着的格也要留逗号。'
+CELLS = "文件第 {} 行有 {} 格，列名有 {} 个：" + QUOTING
 NOT_TEXT = '应当是一段文字，不是数字、true、null、数组或对象：请写成带引号的文字，input 没有内容就写 ""；有几个回答的，只留好的那个。'
 BINARY = "文件不是文字，是认不出的编码，或者损坏了：Excel、PDF 等请用原来的程序打开，另存为“CSV UTF-8（逗号分隔）”，压缩包请先解压；下载来的请重新下载，写好的请在编辑器里另存为 UTF-8。"
 UNFIT_IS = "（乱码、控制字符或半个表情），请对照原文改正，或者删掉。"
 RENAME = "请把问的那一个改名为 instruction，把她回答的那一个改名为 output（没有就补上，连在一起就拆开，有几个回答的只留好的）。"
 HEADER = "第一行应当是列名，这里是 “{}”（之间用英文逗号；第一行就是对话的，请在它上面加一行 instruction,output）。"
 PLACEHOLDER = "占位符 {} 还没有换成真的内容，照这样训练，她会原样说出来"
-DEEP = f"括号套得太深了，一条对话应当是 {EXAMPLE}。"
-# Where JSON breaks off: how what the parser says begins, what stands there (a pattern; its first
-# character is the one before), and the remedy. The first that fits is given.
+# Of broken JSON: how the parser's words begin, what stands there (after one character), remedy.
 REMEDIES = (
     ("Unterminated", "", '这里没有结束的引号 " 或括号：自己写的，请补上；后面本来还有内容的，是文件不完整，请重新下载或导出。'),
     ("Invalid", "", '文字里的换行和制表符（Tab）要写成 \\n、\\t，反斜杠 \\ 要写成 \\\\，别的控制字符请删掉；文字到此为止的，请补上引号 "。'),
@@ -90,8 +89,7 @@ REMEDIES = (
     ("Extra", "", "内容到这里已经结束，请删掉后面多出来的东西；有几个数组的，请并成一个。"),
     ("", r".?,\s*[\]},]", "多了一个逗号：最后一项后面没有逗号，请删掉。"),
     ("", ".['“‘’”＂「」『』，、；;：=【】［］｛｝()（）]", '这里的标点应当是英文的：双引号 " 逗号 , 冒号 : 括号 [ ] { }，不能是单引号，也不能是全角的。'),
-    ("Expecting ','", "", '这里应当是逗号或结束的括号：可能少了一个英文逗号；前面那段文字里的英文双引号要写成 \\"，它结尾的引号不能是全角的；{ 用 } 结束，[ 用 ] 结束。'),
-    ("", "", f"JSON 文件应当是 [{EXAMPLE}, …]：字段名带英文双引号，后面是英文冒号 : ，请检查这里的逗号、引号和括号。"),
+    ("", "", f'这里的逗号、冒号、引号或括号不对：JSON 文件应当是 [{EXAMPLE}, …]，字段名带英文双引号，后面是英文冒号；也可能少了一个英文逗号；前面那段文字里的英文双引号要写成 \\"，它结尾的引号不能是全角的；大括号、方括号要各自配对。'),
 )  # fmt: skip
 EARLIER = f"多轮对话每个回答成了一条，带着之前（最多 {TURNS} 轮）的话（history）"
 LINES = re.compile(r"[^\r\n]*(?:\r\n?|\n)|[^\r\n]+")
@@ -116,9 +114,8 @@ class DatasetError(CourseError):
         for row, field, message in problems[:SHOWN]:
             where = "的 ".join([f"第 {row} 条"] * bool(row) + [field[:40]] * bool(field))
             lines.append(f"{where}：{message}" if where else message)
-        if len(problems) > SHOWN:
-            more = "还有" if len(problems) < KEPT else "不止"
-            lines.append(f"……另外{more} {len(problems) - SHOWN} 处问题")
+        if (more := len(problems) - SHOWN) > 0:
+            lines.append(f"……另外{'还有' if more + SHOWN < KEPT else '不止'} {more} 处问题")
         body = "\n  ".join([""] * (len(lines) > 1) + lines)
         # It quotes the file: nothing that a terminal could not print.
         super().__init__(UNFIT.sub("\ufffd", f"数据集 {path.name} 用不了，什么都没有写入。{body}"))
@@ -173,7 +170,7 @@ def load_rows(path: str | Path) -> pd.DataFrame:
     try:  # the text gets no name here, so that it is freed as soon as it is used up
         rows, numbers, past, holds = _collected(_dialogues(_values(_text(log), log), log), log)
     except RecursionError:
-        log.stop(DEEP, log.row)
+        log.stop(f"括号套得太深了，一条对话应当是 {EXAMPLE}。", log.row)
     if log.problems:
         raise DatasetError(log.path, log.problems)
     if len({ask.strip() for ask, *_ in rows}) < 2:
@@ -183,9 +180,11 @@ def load_rows(path: str | Path) -> pd.DataFrame:
     table = pd.DataFrame(rows, numbers, [*FIELDS, "history"], dtype=object)
     hashes = (hash((*texts, *map(tuple, turns))) for *texts, turns in rows)
     keys = pd.Series(np.fromiter(hashes, "int64", len(rows)))
-    # An answer out of a `history` counts only where the file has it nowhere else.
     again = keys[np.argsort(past, kind="stable")].duplicated().sort_index().to_numpy()
-    spare = again & past
+    # An answer out of a `history`, which may be cut off, counts only where no row of its own has it.
+    hashes = (hash(("\n".join(filter(None, row[:2])), row[2])) for row in rows)
+    keys = pd.Series(np.fromiter(hashes, "int64", len(rows)))
+    spare = (again | keys.isin(keys[~np.array(past)]).to_numpy()) & past
     for number in table.index[spare]:
         log.note("history 里的回答在文件里另有一条，没有重复读入", number)
     for number in table.index[again & ~spare]:
@@ -246,7 +245,7 @@ def _values(text: str, log: Log) -> Iterator[tuple[int, Any]]:
     if not head:
         log.stop("文件是空的，请先写入对话。")
     known = sum(cell.strip(' "\r\n').lower() in KNOWN for cell in re.split("[,;\t]", head[0]))
-    if known > 1 or (log.path.suffix.lower() in (".csv", ".tsv") and not _jsonish(text)):
+    if (known > 1 or log.path.suffix.lower() in (".csv", ".tsv")) and not _jsonish(text):
         return _csv_rows(text, head[0], log)
     return _json_rows(text, head[0], log) if _jsonish(text) else _script(text, log)
 
@@ -310,10 +309,7 @@ def _csv_rows(text: str, head: str, log: Log) -> Iterator[tuple[int, Any]]:
                 if len(cells) == len(header) and not any(cell.startswith(' "') for cell in cells):
                     yield number, dict(zip(header, cells, strict=True))
                 else:
-                    counts = (
-                        f"文件第 {reader.line_num} 行有 {len(cells)} 格，列名有 {len(header)} 个"
-                    )
-                    log.problem(number, "", f"{counts}：{QUOTING}")
+                    log.problem(number, "", CELLS.format(reader.line_num, len(cells), len(header)))
     except csv.Error:  # Python 3.10 refuses NUL, too
         log.stop(f"从这里起引号没有配对，或者有空字符：{QUOTING}", number + bool(header))
 
@@ -500,9 +496,8 @@ def _lines(value: Any, log: Log, role="user", place="", learn=True) -> Iterator[
         if plan.said and not named:
             yield from _lines(value[plan.said], log, role, place, learn)
         else:
-            yield from (
-                (log.row, _word(key), value[key], place, learn) for key in named or value if place
-            )
+            for key in (named or value) if place else ():
+                yield log.row, _word(key), value[key], place, learn
         return
     unread = plan.rest + [key for key in plan.flags if _word(value[key]) not in BAD | GOOD]
     notes = {f"字段 {key[:40]} 课程用不到，没有读入": True for key in unread}
@@ -513,8 +508,11 @@ def _lines(value: Any, log: Log, role="user", place="", learn=True) -> Iterator[
     for key in (plan.history, plan.turns):
         if key and type(value[key]) is not list and value[key] not in (None, "", "[]"):
             raise _Fault(log.row, key, "应当是一个数组，一问一答轮流写；CSV 放不下，用 JSON。")
-    if plan.history and type(value[plan.history]) is list:
-        past = [*_lines(value[plan.history], log, "user", plan.history, None)]
+    if type(past := value.get(plan.history)) is list:
+        words = [ROLES.get(_word(one[0])) for one in past if type(one) is list and len(one) == 2]
+        if len(words) == len(past) and any(words) and (None in words or {*words} == {HER}):
+            past = [{"user": ask, HER: answer} for ask, answer in past]  # who asks “AI” is no AI
+        past = [*_lines(past, log, "user", plan.history, None)]
         roles = [_role(line[1]) or "user" for line in past]
         roles = [role for role in roles if role not in ("system", "input")]
         if roles != ["user", HER] * (len(roles) // 2):
@@ -611,7 +609,7 @@ def _collected(dialogues: Iterator, log: Log) -> tuple:
                     marks.update(found)
                     marked += bool(found)
             said.append([f"{ask}\n{given}" if ask and given else ask or given, answer])
-        if len(said) > 1:
+        if len(said) > 1 and turns[0][-1] is not None:  # of a history _lines has spoken
             log.note(EARLIER, number)
         elif not turns:
             log.note("没有成对的一问一答，没有读入", log.row)
