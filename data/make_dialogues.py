@@ -249,7 +249,7 @@ NAMING = "安柏白宝贝冰波伯博才采彩灿昌常超朝辰晨成诚承程�
 # And those that places, birds and maids are called by: a word of two of these nobody need know.
 CALLED = NAMING + "听杏梨柳槐桐莲菱苇蒲蕉蕙芍榴樱藤苔烟虹冰雾涧潭池湖泽汀岸桥台阁楼榭廊院斋堂苑馆舫帆渡磬鼓箫瑟筝弦笔纸画词赋曲棋帘屏灯烛炉茗酒醉眠醒倚凭临观拂沐浣洗采拾折扫挽揽枕漱吟咏唱问寻访寄迎送留待伴邀归来还照染凝披藏隐衔抱停栖宿翔啼鹭鸥雁莺鹂鹊鸾麟龟蝉萤蜂日暮宵夜古今幽闲澈净淡浓疏密浅近低凉细长久喜敬监钦星雀豆墙圆画碧黛红蓝橙"
 # Names that are hers alone, and words that are nearly hers.
-HELD_OUT_WORDS = re.compile("甄嬛|醒木|春杏|听荷|司天监|钦天监|白鹭")
+HELD_OUT_WORDS = re.compile("甄嬛|醒木|春杏|听荷|司天监|云鹤|钦天监|白鹭")
 
 
 def kept_back(name: str) -> bool:
