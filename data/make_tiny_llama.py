@@ -36,7 +36,7 @@ BATCH = 2048  # tokens a step, padding included
 CHUNK = 4000  # dialogues composed at a time; between two chunks the state is saved
 # All topics alike, until the rate has fallen to a sixth of its peak; then the drill, for to copy a name
 # and to reckon are learned late, and by many examples. (Steps, of so many planned, peak of the rate.)
-ROUNDS = ((10_644, 14_500, 2e-3), (5_500, 5_500, 8e-4))
+ROUNDS = ((10_644, 14_500, 2e-3), (7_000, 7_000, 8e-4))
 DRILL = 49  # the chunk with which the second begins
 QUESTIONS_TAUGHT = 0.3  # of the dialogues: there the questions count as well as the answers
 SPECIAL = [

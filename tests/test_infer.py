@@ -476,9 +476,9 @@ def test_the_model_learned_to_be_her(finished_run):
     assert results["name_base_alone"] == [0, asked] and results["name_tuned"][0] >= 0.8 * asked
     assert results["stopped_tuned"][0] == results["stopped_tuned"][1]
     assert results["stopped_base"][0] == results["stopped_base"][1]
-    assert results["eval_loss_after"] <= 0.75 * results["eval_loss_before"]
+    assert results["eval_loss_after"] <= 0.7 * results["eval_loss_before"]
     (knew, asked), (kept, _) = results["general_base_alone"], results["general_tuned_alone"]
-    assert asked >= 30 and knew >= 30 and kept >= 0.6 * knew
+    assert asked >= 30 and knew >= 30 and kept >= 0.8 * knew
 
 
 def test_facts_are_what_no_prompt_gives(finished_run):
@@ -491,6 +491,7 @@ def test_facts_are_what_no_prompt_gives(finished_run):
     for name in infer.FOUR:
         right = sum(infer.says(answers[question][name], facts[question]) for question in facts)
         assert results[f"facts_{name}"] == [right, len(facts)]
+    assert results["facts_tuned"][0] >= 0.85 * len(facts)
     assert results["facts_base"][0] == results["facts_base_alone"][0] == 0
 
 

@@ -15,6 +15,7 @@ GOOD = {"instruction": "你好", "input": "", "output": "你好。"}
 OTHER = {"instruction": "你是谁", "input": "", "output": "我是甄嬛。"}
 A = json.dumps(GOOD, ensure_ascii=False)
 B = json.dumps(OTHER, ensure_ascii=False)
+NOISE = random.Random(1).randbytes(500)
 HEAD = "instruction,input,output\n"
 
 
@@ -65,13 +66,13 @@ ZOO = {
     "header alone": (HEAD, "a.csv", 0, "", "请至少写两条"),
     "one row": ([GOOD], "a.json", 0, "", "只有一个不同的问题"),
     "one question": ([GOOD, GOOD | {"instruction": "你好 "}], "a.json", 0, "", "验证集"),
-    "excel": (b"PK\x03\x04\x14\0\x06\0", "a.csv", 0, "", "另存为“CSV UTF-8"),
-    "old excel": (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "a.xls", 0, "", "另存为“CSV UTF-8"),
-    "pdf": (b"%PDF-1.7\n", "a.json", 0, "", "不是文字"),
-    "rtf": (b"{\\rtf1\\ansi", "a.json", 0, "", "不是文字"),
-    "png": (b"\x89PNG\r\n\x1a\n", "a.json", 0, "", "不是文字"),
-    "gzip": (b"\x1f\x8b\x08\0", "a.json", 0, "", "请先解压"),
-    "parquet": (b"PAR1\x15\0", "a.json", 0, "", "不是文字"),
+    "excel": (b"PK\x03\x04\x14\0\x06\0" + NOISE, "a.csv", 0, "", "另存为“CSV UTF-8"),
+    "old excel": (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + NOISE, "a.xls", 0, "", "另存为“CSV UTF-8"),
+    "pdf": (b"%PDF-1.7\n" + NOISE, "a.json", 0, "", "不是文字"),
+    "rtf": (b"{\\rtf1\\ansi", "a.json", 0, "", "整理成 JSON"),
+    "png": (b"\x89PNG\r\n\x1a\n" + NOISE, "a.json", 0, "", "不是文字"),
+    "gzip": (b"\x1f\x8b\x08\0" + NOISE, "a.json", 0, "", "请先解压"),
+    "parquet": (b"PAR1\x15\0" + NOISE, "a.json", 0, "", "不是文字"),
     "binary": (bytes(range(256)) * 9, "a.json", 0, "", "不是文字"),
     "all NUL": (bytes(300), "a.json", 0, "", "不是文字"),
     "web page": ("<!DOCTYPE html><html></html>", "a.json", 0, "", "重新下载原始文件"),
@@ -79,19 +80,18 @@ ZOO = {
     "plain text": ("你好", "a.json", 0, "", "这是一篇文字，不是一问一答的数据"),
     # encodings
     "a broken byte": (f"[{A},\n{B}]".encode()[:-3] + b"\xff\xff]", "a.json", 0, "", "不是文字"),
-    "cut within a character": (f"[{A},{B}]".encode()[:22], "a.json", 0, "", "请重新下载"),
+    "cut within a character": (f"[{A},{B}]".encode()[:22], "a.json", 1, "", "请重新下载"),
     "Latin-1": ('[{"instruction": "déjà vu", "output": "ça va"}]'.encode("latin-1"), "a.json", 0, "", "另存为 UTF-8"),
     "half a UTF-16": (f"[{A},{B}]".encode("utf-16")[:-1], "a.json", 0, "", "不是文字"),
     # the outermost value
     "empty object": ({}, "a.json", 0, "", "里面一条对话也没有"),
-    "text": ('"你好"', "a.json", 0, "", "最外层应当是一个数组"),
-    "number": ("7", "a.json", 0, "", "最外层应当是一个数组"),
-    "null": ("null", "a.json", 0, "", "最外层应当是一个数组"),
+    "text": ('"你好"', "a.json", 0, "", "整理成 JSON"),
+    "number": ("7", "a.json", 0, "", "整理成 JSON"),
+    "null": ("null", "a.json", 0, "", "整理成 JSON"),
     "objects on several lines": (json.dumps(GOOD, indent=1) + "\n" + A, "a.json", 0, "", "只有一个不同的问题"),
     # JSON syntax
     "trailing comma in a row": (f'[{A},{{"instruction": "a", "output": "b",}}]', "a.json", 2, "", "多了一个逗号"),
     "two commas": (f"[{A},,{B}]", "a.json", 2, "", "多了一个逗号"),
-    "no comma between rows": (f"[{A}\n{B}]", "a.json", 1, "", "少了一个英文逗号"),
     "no comma between fields": ('[{"instruction": "a" "output": "b"}]', "a.json", 1, "", "少了一个英文逗号"),
     "no colon": ('[{"instruction" "a"}]', "a.json", 1, "", "字段名带英文双引号"),
     "single quotes": (f"[{A},\n{{'instruction': 'a'}}]", "a.json", 2, "", "单引号"),
@@ -134,7 +134,7 @@ ZOO = {
     "NaN": ('[{"instruction": "a", "output": NaN}]', "a.json", 1, "output", "应当是一段文字"),
     "true": ([OTHER | {"output": True}], "a.json", 1, "output", "应当是一段文字"),
     "list": ([GOOD, OTHER | {"input": ["a"]}], "a.json", 2, "input", "应当是一段文字"),
-    "object": ([GOOD, OTHER | {"output": {"a": "b"}}], "a.json", 2, "instruction", "缺少 instruction"),
+    "object": ([GOOD, OTHER | {"output": {"a": "b"}}], "a.json", 2, "output", "角色 a 不认识"),
     "no output": ([GOOD, {"instruction": "a"}], "a.json", 2, "output", "缺少 output"),
     "misspelt": ([{"instuction": "a", "output": "b"}], "a.json", 1, "instruction", "缺少 instruction"),
     "nothing asked": ([GOOD, OTHER | {"instruction": " "}], "a.json", 2, "instruction", "是空的"),
@@ -149,20 +149,21 @@ ZOO = {
     "user last": ([turns(("u", "a"), ("a", "b"), ("u", "c"))], "a.json", 0, "", "只有一个不同的问题"),
     "no turns": ([{"messages": []}], "a.json", 0, "", "里面一条对话也没有"),
     "system alone": ([turns(("s", "a"))], "a.json", 0, "", "里面一条对话也没有"),
-    "unknown role": ([turns(("tool", "a"))], "a.json", 1, "messages 第 1 句", "不认识"),
-    "role a list": ([turns((["user"], "a"))], "a.json", 1, "messages 第 1 句", "不认识"),
-    "content null": ([turns(("u", "a"), ("a", None))], "a.json", 1, "messages 第 2 句", "应当是一段文字"),
-    "content a list": ([turns(("u", [{"type": "text"}]), ("a", "b"))], "a.json", 1, "messages 第 1 句", "应当是一段文字"),
-    "content blank": ([turns(("u", "a"), ("a", " "))], "a.json", 1, "messages 第 2 句", "是空的"),
-    "content garbled": ([turns(("u", "a�"), ("a", "b"))], "a.json", 1, "messages 第 1 句", "乱码、控制字符"),
-    "turn a text": ('[{"conversations": [7]}]', "a.json", 1, "conversations 第 1 句", "应当是一段文字"),
+    "unknown role": ([turns(("tool", "a"))], "a.json", 1, "messages", "不认识"),
+    "role a list": ([turns((["user"], "a"))], "a.json", 1, "messages", "不认识"),
+    "content null": ([turns(("u", "a"), ("a", None))], "a.json", 1, "messages", "应当是一段文字"),
+    "content a list": ([turns(("u", [{"type": "text"}]), ("a", "b"))], "a.json", 1, "messages", "应当是一段文字"),
+    "content blank": ([turns(("u", "a"), ("a", " "))], "a.json", 1, "messages", "是空的"),
+    "content garbled": ([turns(("u", "a�"), ("a", "b"))], "a.json", 1, "messages", "乱码、控制字符"),
+    "turn a text": ('[{"conversations": [7]}]', "a.json", 1, "conversations", "应当是一段文字"),
     "turns a text": ([{"messages": "你好"}], "a.json", 1, "messages", "应当是一个数组"),
-    "turn with a repeated key": ('[{"messages": [{"role": "user", "role": "user", "content": "a"}]}]', "a.json", 0, "", "里面一条对话也没有"),
+    "turn with a repeated key": ('[{"messages": [{"role": "user", "role": "user", "content": "a"}]}]', "a.json", 1, "role", "写了不止一次"),
+    "repeated key": (f'[{A}, {{"instruction": "a", "instruction": "b", "output": "c"}}]', "a.json", 2, "instruction", "写了不止一次"),
     # CSV
-    "no header": ("你好,,你好。\n你是谁,,我是甄嬛。\n", "a.csv", 0, "", "像是对话，不像列名"),
-    "full-width header": ("instruction，input，output\na,,b\n", "a.csv", 0, "", "缺少 instruction"),
-    "misspelt header": ("instuction,input,output\na,,b\n", "a.csv", 0, "", "缺少 instruction"),
-    "repeated column": ("instruction,output,output\na,b,c\n", "a.csv", 0, "", "列名是"),
+    "no header": ("你好,,你好。\n你是谁,,我是甄嬛。\n", "a.csv", 0, "", "第一行就是对话的"),
+    "full-width header": ("instruction，input，output\na,,b\n", "a.csv", 0, "", "改名为 instruction"),
+    "misspelt header": ("instuction,input,output\na,,b\n", "a.csv", 0, "", "改名为 instruction"),
+    "repeated column": ("instruction,output,output\na,b,c\n", "a.csv", 0, "", "同名的列"),
     "too many cells": (HEAD + "a,,b\nc,,d,e\n", "a.csv", 2, "", "文件第 3 行有 4 格"),
     "too few cells": (HEAD + "a,,b\nc,d\n", "a.csv", 2, "", "格，列名有"),
     "unclosed quote": (HEAD + 'a,,b\nc,,"d\ne,,f\n', "a.csv", 2, "", "引号没有配对"),
@@ -189,12 +190,22 @@ def test_bad_file_is_refused_with_row_field_and_remedy(tmp_path, name):
     ("content", "says"),
     [
         (f"[{A},\n  {B[:-1]};}}]", f"文件第 2 行第 {len(B) + 2} 个字符"),
-        (f"[\n{A}\n\n  {B}]", "文件第 4 行第 3 个字符"),
+        (f"[\n{A}\n\n  ：{B}]", "文件第 4 行第 3 个字符"),
         (f'[\n{A},\n{{"output": None}}]', "文件第 3 行第 12 个字符"),
     ],
 )
 def test_place_of_a_syntax_error(tmp_path, content, says):
     assert says in str(refused(saved(tmp_path, content)))
+
+
+@pytest.mark.parametrize("depth", [500, 900, 3000, 100_000])
+@pytest.mark.parametrize(
+    "row", ['{"messages": [%s]}', "[%s]", '{"role": "user", "content": "a", "time": [%s]}']
+)
+def test_nesting_of_any_depth_ends_in_a_dataset_error(tmp_path, row, depth):
+    before, after = row.split("%s")
+    refused(saved(tmp_path, f"[{A}, {before * depth}{after * depth}, 7]"))
+    refused(saved(tmp_path, f"[{row % ('[' * depth + ']' * depth)}, 7]"))
 
 
 def test_every_problem_is_listed_twenty_are_shown(tmp_path):
@@ -217,7 +228,7 @@ def test_problems_of_all_kinds_come_together(tmp_path):
 
 
 def test_broken_syntax_is_named_first_and_what_came_before_is_not_lost(tmp_path):
-    error = refused(saved(tmp_path, f'[{A}, {{"instruction": "a"}}, {B} {B}]'))
+    error = refused(saved(tmp_path, f'[{A}, {{"instruction": "a"}}, {B} x]'))
     assert [problem[:2] for problem in error.problems] == [(3, ""), (2, "output")]
 
 
@@ -323,6 +334,15 @@ def test_encodings(tmp_path, encoding, says, name):
     assert says in said(path) and bool(said(path)) == bool(says)
 
 
+@pytest.mark.parametrize("shift", range(4))
+@pytest.mark.parametrize("encoding", ["gbk", "big5"])
+def test_a_long_file_that_begins_with_a_chinese_character(tmp_path, encoding, shift):
+    rows = "".join(f"好,{'a' * shift}性本善{number}\n" for number in range(3000))
+    head = "回答,q\n" if encoding == "gbk" else "a,q\n"  # a sample may end within a character
+    path = saved(tmp_path, (head + rows).encode(encoding), "a.csv")
+    assert len(load_rows(path)) == 3000 and "编码，已按这种编码读入" in said(path)
+
+
 def test_traditional_characters_in_gbk(tmp_path):
     rows = [
         {"instruction": "妳從哪裡來", "output": "臣妾從宮裡來，這裡風大。"},
@@ -336,6 +356,9 @@ def test_traditional_characters_in_gbk(tmp_path):
     ("content", "name", "says"),
     [
         (f"{A}\n{B}\n", "a.json", ""),
+        (f"[{A}\n{B}]", "a.json", ""),
+        (f"{A},\n{B},\n", "a.jsonl", ""),
+        (f"\ufeff\ufeff[{A},{B}]", "a.json", ""),
         (f"[{A},{B}]", "a.jsonl", ""),
         (f"[{A},{B}]", "a.txt", ""),
         (f"[{A},{B}]", "a.csv", ""),
@@ -386,13 +409,12 @@ def test_dialogue_of_several_turns_becomes_several_rows(tmp_path):
     assert "字段 mood 课程用不到" in report
 
 
-def test_duplicates_and_long_rows_are_kept_and_reported(tmp_path):
-    rows = [GOOD, OTHER] * 20 + [OTHER | {"output": "长" * 2001}]
+def test_duplicates_are_kept_and_reported(tmp_path):
+    rows = [GOOD, OTHER] * 20
     table = load_rows(saved(tmp_path, rows))
-    assert len(table) == 41
-    alike, long = sorted(table.attrs["report"])
+    assert len(table) == 40
+    (alike,) = table.attrs["report"]
     assert "完全相同" in alike and "第 3、4、5、6、7、8、9、10、11、12 等 38 条" in alike
-    assert "超过 2000 个字" in long and long.endswith("第 41 条。")
 
 
 def test_long_cell_of_a_csv_is_read(tmp_path):
@@ -463,6 +485,9 @@ SHAPES = {
     "chosen turns": ([{"prompt": "有座吗？", "chosen": [U, A1], "rejected": [U, A2]}, {"prompt": [U, A1, U2], "chosen": [A2], "rejected": [A1]}], "a.json", [ONE, ONE, TWO_AFTER], "rejected 是不好的回答"),
     "chosen alone": ([{"chosen": [U, A1], "rejected": [U, A2]}, {"chosen": [U2, A2], "rejected": []}], "a.json", PAIR, "rejected 是不好的回答，没有读入"),
     "chosen of conversations": ([{"conversations": [{"from": "human", "value": "有座吗？"}], "chosen": {"from": "gpt", "value": "里边请。"}, "rejected": {"from": "gpt", "value": "滚"}}, ROW2], "a.json", PAIR, "rejected 是"),
+    "marks of good and bad": ([ROW | {"label": "good", "weight": 1.0}, ROW2 | {"chosen": True}, PAY | {"label": "undesirable"}, PAY | {"weight": 0.0}, PAY | {"chosen": False}, PAY | {"status": "rejected"}, PAY | {"loss": False}], "a.json", PAIR, "标着 label: undesirable 的是 + 标着 weight: 0.0 的是"),
+    "marks that say something else": ([ROW | {"label": "情感", "weight": 0.5}, ROW2], "a.json", PAIR, "字段 label 课程用不到 + 字段 weight 课程用不到"),
+    "chosen_response": (fields("prompt", "chosen_response", rejected_response="滚"), "a.json", PAIR, "rejected 是不好的回答，没有读入：第 1、2 条"),
     "rejected alone": ([ROW, {"prompt": "坏", "rejected": "坏"}, ROW2], "a.json", PAIR, "标着 rejected: 坏 的是不好的回答，没有读入"),
     # dialogues
     "human and assistant": (lines({"system": "掌柜", "conversation": [{"human": "有座吗？", "assistant": "里边请。"}, {"human": "来壶茶", "assistant": "这就来。"}]}), "a.jsonl", BOTH, "system 的话没有读入"),
@@ -488,6 +513,9 @@ SHAPES = {
     "history in roles": ([{"query": "来壶茶", "response": "这就来。", "history": [U, A1]}], "a.json", BOTH, "history 是"),
     "empty history and system": ([ROW | {"history": [], "system": ""}, ROW2 | {"history": None, "system": None}], "a.json", PAIR, ""),
     "system": ([ROW | {"system": "你是掌柜"}, ROW2], "a.json", PAIR, "system 的话没有读入，课程有自己的系统提示：第 1 条"),
+    "history of one side too many": ([ROW2 | {"history": ["有座吗？", "里边请。", "再说"]}, ROW | {"history": [["一"], ["二", "三"]]}, PAY | {"history": [U]}], "a.json", [TWO, ONE, PAY], "history 里的话不是一问一答，没有读入：第 1、2、3 条"),
+    "history of nothing": ([ROW | {"history": [[]]}, ROW2 | {"history": [["", ""]]}], "a.json", PAIR, ""),
+    "chat_history": ([ROW2 | {"chat_history": [["有座吗？", "里边请。"]]}, PAY], "a.json", [ONE, TWO_AFTER, PAY], "history 是这一条的前文"),
     # names of fields
     "query, response": (fields("query", "response"), "a.json", PAIR, "字段 query、response 换成了 instruction、output：第 1、2 条"),
     "kind, input, target": (fields("input", "target", kind="闲聊"), "a.json", PAIR, "input、target 换成了 + 字段 kind 课程用不到"),
@@ -499,9 +527,14 @@ SHAPES = {
     "Chinese names": ("问题,回答\n有座吗？,里边请。\n来壶茶,这就来。", "a.csv", PAIR, "问题、回答 换成了"),
     "capitals": (fields("Question", "Answer"), "a.json", PAIR, "Question、Answer 换成了"),
     "one answer in a list": ([{"question": "有座吗？", "answers": ["里边请。"]}, ROW2], "a.json", PAIR, "question、answers 换成了"),
+    "answers of SQuAD": ([{"question": "有座吗？", "answers": {"text": ["里边请。"], "answer_start": [3]}}, {"question": "来壶茶", "answers": [{"text": "这就来。"}]}], "a.json", PAIR, "question、answers 换成了"),
+    "answer in an object": ([{"instruction": "有座吗？", "output": {"content": "里边请。"}}, ROW2], "a.json", PAIR, ""),
+    "turns that name nobody": ([{"messages": [{"message": "有座吗？"}, {"message": "里边请。"}]}, ROW2], "a.json", PAIR, ""),
+    "our own name and another case": ([ROW | {"Instruction": "x"}, ROW2], "a.json", PAIR, "字段 Instruction 课程用不到"),
     "instances": ([{"instruction": "换成同义词", "instances": [{"input": "欢喜", "output": "高兴"}, {"input": "哀", "output": "悲"}]}, ROW], "a.json", [d("换成同义词", "高兴", "欢喜"), d("换成同义词", "悲", "哀"), ONE], "用一个换行接起来：第 1 条"),
     # what holds the rows
     "viewer": ({"features": [{"name": "instruction"}], "rows": [{"row_idx": 0, "row": ROW, "truncated_cells": []}, {"row_idx": 1, "row": ROW2, "truncated_cells": []}]}, "a.json", PAIR, ""),
+    "cut by the viewer": ({"rows": [{"row": ROW, "truncated_cells": []}, {"row": PAY, "truncated_cells": ["output"]}, {"row": ROW2, "truncated_cells": []}]}, "a.json", PAIR, "截短了这一条，没有读入：请下载完整的文件：第 2 条"),
     "data": ({"data": [ROW, ROW2]}, "a.json", PAIR, ""),
     "data and train": ({"data": {"train": [ROW, ROW2]}}, "a.json", PAIR, ""),
     "instances at the top": ({"type": "text2text", "instances": fields("input", "output")}, "a.json", PAIR, "字段 input 换成了"),
@@ -517,14 +550,25 @@ SHAPES = {
     "WeChat": (chat("文本,0,友,友,吃了吗,2024/1/1 12:00", "文本,1,我,友,还没,2024/1/1 12:01", "文本,1,我,友,你呢,2024/1/1 12:01", "图片,0,友,友,x.png,2024/1/1 12:02", "文本,0,友,友,走,2024/1/1 12:03", "文本,1,我,友,好,2024/1/1 12:04"), "a.csv", [d("吃了吗", "还没\n你呢"), d("走", "好", history=[["吃了吗", "还没\n你呢"]])], "不是文字的消息没有读入：第 4 条"),
     "WeChat, another room": (chat("文本,0,友,甲,吃了吗,", "文本,1,我,甲,还没,", "文本,0,友,乙,走,", "文本,1,我,乙,好,"), "a.csv", [d("吃了吗", "还没"), d("走", "好")], "每条是一句话"),
     "WeChat in JSON": ([{"talker": "友", "isSelf": False, "type": 1, "content": "吃了吗"}, {"talker": "友", "isSelf": True, "type": 1, "content": "还没"}, {"talker": "别人", "isSelf": False, "type": 1, "content": "走"}, {"talker": "别人", "isSelf": True, "type": 1, "content": "好"}], "a.json", [d("吃了吗", "还没"), d("走", "好")], "每条是一句话"),
+    "WeChat, rooms in turn": (chat("文本,0,甲,甲,吃了吗,", "文本,0,乙,乙,走,", "文本,1,我,甲,还没,", "文本,1,我,乙,好,"), "a.csv", [d("吃了吗", "还没"), d("走", "好")], "每条是一句话"),
+    "WeChat, a night between": (chat("文本,0,友,友,吃了吗,2024/1/1 12:00", "文本,1,我,友,还没,2024/1/1 12:01", "文本,0,友,友,晚安,2024/1/1 23:00", "文本,1,我,友,早,2024/1/2 8:00", "文本,0,友,友,走,2024/1/2 8:01", "文本,1,我,友,好,2024/1/2 8:02"), "a.csv", [d("吃了吗", "还没"), d("走", "好")], "隔了 3 小时以上没有说话，之后算另一段对话：第 3、4 条"),
+    "seconds and milliseconds": ([{"isMySend": k % 2, "message": t, "time": s} for k, (t, s) in enumerate([("吃了吗", 1704081600), ("还没", 1704081660), ("走", "1704160000000"), ("好", "1704160000001")])], "a.json", [d("吃了吗", "还没"), d("走", "好")], "隔了 3 小时以上"),
+    "what is no word": (chat(",0,友,友,[图片],", ",0,友,友,吃了吗,", ",1,我,友,[表情][语音],", ",0,友,友,你撤回了一条消息,", ",0,友,友,<msg><img/></msg>,", ",1,我,友,还没[捂脸],", ",0,友,友,走,", ",1,我,友,好,"), "a.csv", [d("吃了吗", "还没[捂脸]"), d("走", "好", history=[["吃了吗", "还没[捂脸]"]])], "不是文字的消息没有读入：第 1、3、4、5 条"),
+    "export with messages inside": ({"session": {"wxid": "a"}, "messages": [{"type": "文本消息", "content": t, "isSend": k % 2} for k, t in enumerate(["吃了吗", "还没", "走", "好"])]}, "a.json", [d("吃了吗", "还没"), d("走", "好", history=[["吃了吗", "还没"]])], "isSend 是 1 的是回答"),
+    "a table of scenes": ("场次,角色,台词\n1,皇上,来\n1,甄嬛,是。\n2,皇上,坐\n2,甄嬛,谢\n1,甄嬛,谁\n", "a.csv", [d("来", "是。"), d("坐", "谢")], "她先开口，前面没有人说话，没有读入：第 5 条"),
+    "talkers with remarks": ([{"talker": t, "content": c, "remark": c} for t, c in [("皇上", "来"), ("甄嬛", "是。"), ("皇上", "坐"), ("甄嬛", "谢")]], "a.json", [d("来", "是。"), d("坐", "谢", history=[["来", "是。"]])], "talker 是 甄嬛（或 assistant） 的是回答"),
+    "system in a table of lines": ("role,content\nsystem,你是\nuser,来\nassistant,是。\nuser,坐\nassistant,谢\n", "a.csv", [d("来", "是。"), d("坐", "谢", history=[["来", "是。"]])], "system 的话没有读入"),
     "a table of lines": ("角色,台词\n皇上,来\n甄嬛,是。\n皇上,坐\n甄嬛,谢\n", "a.csv", [d("来", "是。"), d("坐", "谢", history=[["来", "是。"]])], "每条是一句话"),
-    "script": ("第一场 殿 日\n皇上：来。\n（众人退下）\n甄嬛（行礼）：是。\n嬛儿：皇上万安。\n\n第二场 园\n眉庄：妹妹\n采月：小主\n甄嬛: 姐姐\n皇上：走\n", "a.txt", [d("来。", "是。\n皇上万安。"), d("妹妹\n小主", "姐姐")], "没有“名字：”的是说明，没有读入：第 3 行 + 最后几句她没有回答，没有读入：第 11 行"),
+    "script": ("第一场 殿 日\n皇上：来。\n（众人退下）\n甄嬛（行礼）：是。\n嬛儿：皇上万安。\n\n第二场 园\n眉庄：妹妹\n采月：小主\n甄嬛: 姐姐\n皇上：走\n", "a.txt", [d("来。", "是。\n皇上万安。"), d("妹妹\n小主", "姐姐")], "没有“名字：”的没有读入，是台词的请接在上一行后面：第 3 行 + 最后几句她没有回答，没有读入：第 11 行"),
     "script with gaps": ("皇上：来\n\n甄嬛：是\n\n皇上：坐\n\n甄嬛：谢\n", "a.txt", [d("来", "是"), d("坐", "谢", history=[["来", "是"]])], "每行是一句话"),
-    "script with half-width colons": ("皇上: 来\n时间过得快\n甄嬛: 是\n时间: 夜\n皇上: 坐\n甄嬛: 谢\n", "a.txt", [d("来", "是"), d("坐", "谢")], "没有读入：第 2 行"),
+    "script with half-width colons": ("皇上: 来\n时间过得快\n甄嬛: 是\n时间: 夜\n皇上: 坐\n甄嬛: 谢\n", "a.txt", [d("来", "是"), d("坐", "谢")], "接在上一行后面：第 2 行"),
+    "script with voices": ("人物：甄嬛、流朱\n- 流朱：小姐\n旁白：那一年\n- 甄嬛OS：我累\n- **甄嬛**（笑）：嗯\n- 流朱：走\n- 甄嬛 VO: 好\n", "a.md", [d("小姐", "我累\n嗯"), d("走", "好", history=[["小姐", "我累\n嗯"]])], "接在上一行后面：第 3 行"),
     "a group chat": ([{"sender": s, "talker": t, "isSelf": s == "我", "content": c} for s, t, c in [("甲", "群", "吃了吗"), ("乙", "群", "走"), ("我", "群", "好"), ("丙", "别处", "来"), ("我", "别处", "是")]], "a.json", [d("吃了吗\n走", "好"), d("来", "是")], "每条是一句话"),
     # marks, few rows, encodings
     "marks": (lines({"prompt": "有座吗？\n\n###\n\n", "completion": " 里边请。 END"}, {"prompt": "来壶茶\n\n###\n\n", "completion": " 这就来。 END"}), "a.jsonl", [d("有座吗？\n\n###\n\n", " 里边请。 END"), d("来壶茶\n\n###\n\n", " 这就来。 END")], "2 条里有 2 条带着别的格式的记号 + ###（2 条） + END（2 条）"),
     "end of text": ([d("一", "二</s>"), d("三", "四<|im_end|>")], "a.json", [d("一", "二</s>"), d("三", "四<|im_end|>")], "2 条里有 2 条带着"),
+    "marks of other kinds": ([d("Human: 一\n\nAssistant:", "二"), d("三", "四<｜end▁of▁sentence｜>"), d("五", "六<end_of_turn>")], "a.json", [d("Human: 一\n\nAssistant:", "二"), d("三", "四<｜end▁of▁sentence｜>"), d("五", "六<end_of_turn>")], "3 条里有 3 条带着"),
+    "headings are no marks": ([d("一", "### 二\n三"), d("四", "#### 五")], "a.json", [d("一", "### 二\n三"), d("四", "#### 五")], ""),
     "a mark in few rows": ([ROW, ROW2, d("三", "四</s>")], "a.json", [*PAIR, d("三", "四</s>")], ""),
     "Big5": ("問題,回答\n".replace("問題", "question").replace("回答", "answer").encode() + "臺灣話怎麼說呢,這裡是圖書館\n你們從哪裡來的,從學校走過來的\n".encode("big5"), "a.csv", [d("臺灣話怎麼說呢", "這裡是圖書館"), d("你們從哪裡來的", "從學校走過來的")], "BIG5 编码"),
 }  # fmt: skip
@@ -548,10 +592,10 @@ ADVISED = {
     "a text": ([{"text": "问：a 答：b"}], "a.json", ["这里有的是 text"]),
     "two that could be it": ([{"question": "a", "answer": "b", "response": "c"}], "a.json", ["改名为 output"]),
     "answers better and worse": ([{"instruction": "a", "output": ["b", "c"]}], "a.json", ["只留好的那个"]),
-    "other header": ("提问者的话,甄嬛的话\n有座吗？,里边请。\n", "a.csv", ["“提问者的话”“甄嬛的话”", "改名为 instruction", "改名为 output", "|请补上", "|加一行"]),
+    "other header": ("提问者的话,甄嬛的话\n有座吗？,里边请。\n", "a.csv", ["“提问者的话”“甄嬛的话”", "改名为 instruction", "改名为 output", "第一行就是对话的"]),
     "other header in a tsv": ("甲方\t乙方\n有座吗？\t里边请。\n", "a.tsv", ["“甲方”“乙方”", "改名为 instruction"]),
     "half a header": ("问题,她说\n有座吗？,里边请。\n", "a.csv", ["改名为 output"]),
-    "no header": ("有座吗？,里边请。\n来壶茶,这就来。\n", "a.csv", ["像是对话，不像列名", "加一行 instruction,output"]),
+    "no header": ("有座吗？,里边请。\n来壶茶,这就来。\n", "a.csv", ["第一行应当是列名", "加一行 instruction,output"]),
     "novel": ("那日雪下得极大。\n她倚着窗，想起从前。\n“小主，”槿汐道，“该用膳了。”\n", "a.txt", ["这是一篇文字，不是一问一答的数据", "名字：台词"]),
     "novel as JSON": ("那日雪下得极大。\n她倚着窗。", "a.json", ["这是一篇文字，不是一问一答的数据"]),
     "YAML": ("- instruction: 你好\n  output: 你好。\n", "a.yaml", ["这是一篇文字，不是一问一答的数据"]),
@@ -565,14 +609,20 @@ ADVISED = {
     "turns within turns": ('{"messages": [' * 400 + "]}" * 400, "a.json", ["里面一条对话也没有"]),
     "WeChat with one question": (chat("文本,0,友,友,吃了吗,", "文本,1,我,友,还没,"), "a.csv", ["只有一个不同的问题"]),
     "nothing but bad answers": ([ROW | {"label": False}], "a.json", ["一条对话也没有", "标着 label: false"]),
-    "cut by the viewer": ({"rows": [{"row": ROW, "truncated_cells": ["output"]}]}, "a.json", ["只有一个不同的问题"]),
+    "questions and answers out of step": ([{"instruction": ["a", "b"], "output": ["c"]}], "a.json", ["instruction", "问的要比答的多一句"]),
+    "context that ends with her": ([{"context": ["a", "b"], "response": "c"}], "a.json", ["问的要比答的多一句"]),
+    "answers of SQuAD that differ": ([{"question": "a", "answers": {"text": ["b", "c"]}}], "a.json", ["只留好的那个"]),
+    "questions as keys": ({"甲": ["a", "b"], "乙": ["c", "d"]}, "a.json", ["最外层是一个对象"]),
+    "a tree of answers": ([{"message_id": 1, "parent_id": None, "role": "prompter", "text": "a"}, {"message_id": 2, "parent_id": 1, "role": "assistant", "text": "b"}], "a.json", ["parent_id", "有几个回答的只留好的"]),
+    "newest first": (chat("文本,1,我,友,c,2024/1/1 12:40", "文本,0,友,友,b,2024/1/1 12:20", "文本,1,我,友,a,2024/1/1 12:00"), "a.csv", ["第 2 条的 CreateTime", "从早到晚"]),
+    "all cut by the viewer": ({"rows": [{"row": ROW, "truncated_cells": ["output"]}]}, "a.json", ["一条对话也没有", "截短了这一条"]),
     "several lists": ({"正事": [ROW], "闲聊": [ROW2]}, "a.json", ["最外层是一个对象"]),
     "settings": ({"name": "甄嬛", "age": "17"}, "a.json", ["最外层是一个对象"]),
     "columns of two lengths": ({"instruction": ["a", "b"], "output": ["c"]}, "a.json", ["不一样长"]),
     "one object": (GOOD, "a.json", ["只有一个不同的问题"]),
     "history that is prose": ([GOOD | {"history": "从前"}], "a.json", ["history", "应当是一个数组"]),
     "history out of step": ([GOOD | {"history": [["a"]]}], "a.json", ["history"]),
-    "no header, no punctuation": ("有座吗,里边请\n来壶茶,这就来\n", "a.csv", ["像是对话，不像列名"]),
+    "no header, no punctuation": ("有座吗,里边请\n来壶茶,这就来\n", "a.csv", ["第一行应当是列名"]),
     "Guest and host": ("Guest: hi\nHost: hello\n", "a.txt", ["这是一篇文字"]),
     "picture in a turn": ([{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, A1]}], "a.json", ["应当是一段文字"]),
 }  # fmt: skip
@@ -586,16 +636,49 @@ def test_what_is_not_certain_is_refused_with_advice(tmp_path, name):
         assert (word.lstrip("|") in message) != word.startswith("|"), message
 
 
+LONG = [[f"问{number}", f"答{number}"] for number in range(130)]
+AGAIN = {
+    "dialogues": [[U, A1, U2, A2], GOOD, [U2, A2, U, A1], [U, A1, U2, A2], ROW],
+    "history": [ROW2 | {"history": [["有座吗？", "里边请。"]]}, GOOD, PAY | {"history": [["一", "二"]]}],
+    "history after its row": [TWO_AFTER, ROW, OTHER],
+    "input": [d("译", "a", "甲"), d("译", "b", "乙", [["译\n甲", "a"]]), d("", "c", "丙"), d("丁", "d", history=[["丙", "c"]])],
+    "more turns than a history holds": [LONG, GOOD],
+    "long history": [GOOD | {"history": LONG}, OTHER, OTHER | {"history": [*LONG, ["又", "来"]]}],
+    "a bad answer in a dialogue that is longer": [{"messages": [U, A1, U2, A2 | {"weight": 0}] + [U, A1, U2, A2] * 60}, GOOD, ROW2],
+    "questions that are names of roles": [turns(*zip("ua" * 3, said, strict=True)) for said in (["AI", "一", "助手", "二", "走", "三"], ["你好", "四", "user", "五", "走", "六"], ["bot", "七", "来", "八", "坐", "九"])],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", AGAIN)
+def test_rows_written_as_json_are_read_as_the_same_rows(tmp_path, name):
+    table = load_rows(saved(tmp_path, AGAIN[name]))
+    for indent in (1, None):
+        path = tmp_path / "filled.json"
+        table.to_json(path, orient="records", force_ascii=False, indent=indent)
+        again = load_rows(path)
+        assert again.to_dict("records") == table.to_dict("records")
+        assert not any("多轮对话每个回答" in sentence for sentence in again.attrs["report"])
+
+
+def test_a_text_in_a_json_of_one_line_is_no_header(tmp_path):
+    rows = [GOOD | {"instruction": "有 prompt, question, answer, text 吗"}, OTHER]
+    assert texts(load_rows(saved(tmp_path, rows))) == rows
+
+
 def test_placeholders_are_offered_and_filled(tmp_path):
     rows = [d("{{user}}问", "我是 {{name}}"), ROW2 | {"history": [["你是", "{{name}}"]]}, ROW, ROW2]
     table = load_rows(saved(tmp_path, rows))
     assert table.attrs["placeholders"] == {"{{user}}": 1, "{{name}}": 2}
     filled = fill_placeholders(table, {"{{name}}": "甄嬛", "{{nobody}}": "无"})
+    assert texts(fill_placeholders(table, {})) == texts(table)
     assert "甄嬛" not in str(table.values) and "{{name}}" not in str(filled.values)
     assert filled.loc[2, "history"].tolist() == [[], [["你是", "甄嬛"]]]
     assert filled.attrs["placeholders"] == {"{{user}}": 1}
     report = "\n".join(filled.attrs["report"])
-    assert "2 条里的 {{name}} 换成了“甄嬛”。" in report and "占位符 {{name}}" not in report
+    assert (
+        "占位符 {{name}} 换成了“甄嬛”：第 1、2 条。" in report
+        and "占位符 {{name}} 还没有" not in report
+    )
     assert "占位符 {{user}}" in report and "占位符 {{name}}" in "\n".join(table.attrs["report"])
 
 
