@@ -63,7 +63,7 @@ def test_every_gpu_profile_has_the_tutorials_values():
 @pytest.mark.parametrize("asked", ["", "cpu-tiny"])
 def test_the_toys_rate_is_not_given_to_another_model(run_dir, monkeypatch, asked):
     monkeypatch.setenv("HUANHUAN_PROFILE", asked)
-    assert Course.start().profile.learning_rate == 8e-4
+    assert Course.start().profile.learning_rate == 1.2e-3
     monkeypatch.setenv("HUANHUAN_MODEL", "Qwen/Qwen3-0.6B")
     course = Course.start()
     assert course.profile.name == (asked or "cpu-small")

@@ -102,7 +102,7 @@ PROFILES = {
     # 1e-4 hardly moves a model a thousand times smaller: a rate of its own. The micro-batch is the
     # fastest of tests/benchmarks/step.py, and fixed: a class gets the same figures on every laptop.
     "cpu-tiny": Profile(
-        "cpu-tiny", str(DATA / "tiny_llama"), "cpu", "float32", micro_batch=16, epochs=3, learning_rate=8e-4
+        "cpu-tiny", str(DATA / "tiny_llama"), "cpu", "float32", micro_batch=16, epochs=2, learning_rate=1.2e-3
     ),
     # Small real models learn nothing of the data at the 3B's rate (tests/benchmarks/rates.py).
     "cpu-small": Profile(
