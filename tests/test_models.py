@@ -377,7 +377,7 @@ def test_the_estimate_is_what_autograd_keeps_of_other_families(kind, dtype):
             kept[storage.data_ptr()] = (storage.nbytes(), tensor)
         return tensor
 
-    batch = train.SharedPrefixCollator(getattr(torch, dtype))(list(rows))
+    batch = train.SharedPrefixCollator(getattr(torch, dtype), dense=False)(list(rows))
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype != "float32")
     with autocast, torch.autograd.graph.saved_tensors_hooks(look, lambda tensor: tensor):
         model(**batch, use_cache=False)
@@ -508,7 +508,7 @@ SEEN = """
     lora = LoraConfig(task_type="CAUSAL_LM", r=8, lora_dropout=0.1, target_modules=train.SEVEN)
     model = get_peft_model(model, lora).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    batch = train.SharedPrefixCollator(dtype)(train._fullest(rows, 16))
+    batch = train.SharedPrefixCollator(dtype, dense=False)(train._fullest(rows, 16))
     for _ in range(3):
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
             loss = model(**batch, use_cache=False).loss
