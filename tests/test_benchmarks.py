@@ -57,7 +57,7 @@ def test_a_batch_filled_up_for_the_compiler_gives_the_same_loss():
     assert filled["input_ids"].shape[1] % 128 == 0
     filled["attention_mask"] = filled["attention_mask"].float()
     with torch.no_grad():
-        packed = SharedPrefixCollator(dense=True)(rows)
+        packed = SharedPrefixCollator()(rows)
         losses = [model(**batch).loss.item() for batch in (packed, filled)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 

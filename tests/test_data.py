@@ -55,7 +55,7 @@ def test_sample_is_large_varied_and_without_repeats(sample):
     assert sample["instruction"].nunique() >= 1000
     assert not sample.astype({"history": str}).duplicated().any()
     lengths = sample["output"].str.len()
-    assert lengths.quantile(0.1) < 15 and lengths.quantile(0.9) > 30
+    assert lengths.quantile(0.1) < 15 and lengths.quantile(0.9) > 24
 
 
 def test_identity_is_asked_in_many_ways(sample):

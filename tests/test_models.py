@@ -44,6 +44,16 @@ def rendered(tokenizer, messages, **options) -> list[int]:
     return tokenizer.apply_chat_template(messages, **options)["input_ids"]
 
 
+def asked_in(row: dict, tokenizer) -> list[dict]:
+    """The messages of a row of the dataset, up to its answer."""
+    texts = [text.strip() for turn in row["history"] for text in turn]
+    texts.append(prompt.question_of(row).strip())
+    messages = chat_messages(texts[0], tokenizer)
+    for place, text in enumerate(texts[1:]):
+        messages.append({"role": ("assistant", "user")[place % 2], "content": text})
+    return messages
+
+
 @pytest.mark.parametrize("path", [SAMPLE, REAL], ids=["sample", "real"])
 def test_every_row_has_the_ids_of_the_models_own_template(family, path):
     if not path.exists():
@@ -51,11 +61,7 @@ def test_every_row_has_the_ids_of_the_models_own_template(family, path):
     process_func = notebook_process_func(family, 100_000)
     different, turns = [], Counter()
     for row in load_rows(path).to_dict("records"):
-        question, answer = prompt.question_of(row), row["output"].strip()
-        texts = [text.strip() for turn in row["history"] for text in turn] + [question.strip()]
-        messages = chat_messages(texts[0], family)
-        for place, text in enumerate(texts[1:]):
-            messages.append({"role": ("assistant", "user")[place % 2], "content": text})
+        messages, answer = asked_in(row, family), row["output"].strip()
         made = process_func(row)
         taught = sum(label != -100 for label in made["labels"])
         asked = made["input_ids"][:-taught]
@@ -371,7 +377,7 @@ def test_the_estimate_is_what_autograd_keeps_of_other_families(kind, dtype):
             kept[storage.data_ptr()] = (storage.nbytes(), tensor)
         return tensor
 
-    batch = train.SharedPrefixCollator(getattr(torch, dtype))(list(rows))
+    batch = train.SharedPrefixCollator(getattr(torch, dtype), dense=False)(list(rows))
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype != "float32")
     with autocast, torch.autograd.graph.saved_tensors_hooks(look, lambda tensor: tensor):
         model(**batch, use_cache=False)
@@ -434,7 +440,7 @@ def test_five_notebooks_with_a_genuine_tokenizer_and_random_weights(tmp_path, na
     made = Dataset.load_from_disk(str(run / "tokenized" / "train"))
     texts = Dataset.load_from_disk(str(run / "tokenized" / "train_text"))
     for row, text in zip(made, texts, strict=True):
-        messages = chat_messages((text["instruction"] + text["input"]).strip(), tokenizer)
+        messages = asked_in(text, tokenizer)
         messages.append({"role": "assistant", "content": text["output"].strip()})
         assert rendered(tokenizer, messages)[: len(row["input_ids"])] == row["input_ids"]
     assert (run / "gguf" / "Modelfile").exists() == (name != "gemma3")
@@ -502,7 +508,7 @@ SEEN = """
     lora = LoraConfig(task_type="CAUSAL_LM", r=8, lora_dropout=0.1, target_modules=train.SEVEN)
     model = get_peft_model(model, lora).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    batch = train.SharedPrefixCollator(dtype)(train._fullest(rows, 16))
+    batch = train.SharedPrefixCollator(dtype, dense=False)(train._fullest(rows, 16))
     for _ in range(3):
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
             loss = model(**batch, use_cache=False).loss

@@ -102,11 +102,11 @@ class SharedPrefixCollator:
     Args:
         dtype: of a dense attention mask. float32 suits everything; the model's own saves a
             conversion in every layer on a GPU.
-        dense: one mask of all positions against all, for a model that cannot be set to ROWS: time
-            and memory grow with the square of the micro-batch's tokens.
+        dense: one mask of all positions against all, which every model takes: time and memory grow
+            with the square of the micro-batch's tokens. False for a model that is set to ROWS.
     """
 
-    def __init__(self, dtype: torch.dtype = torch.float32, dense: bool = False):
+    def __init__(self, dtype: torch.dtype = torch.float32, dense: bool = True):
         self.dtype, self.dense = dtype, dense
 
     def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
@@ -298,12 +298,12 @@ def choose_collator(model, tokenizer, rows):
     Of the packed ones the one that attends row by row, for which `model` is set to ROWS, else dense.
     """
     dtype, usual = compute_dtype(model), model.config._attn_implementation
-    dense = SharedPrefixCollator(dtype, dense=True)
+    dense = SharedPrefixCollator(dtype)
     if SHARDED:  # a model that is to be cut up runs nowhere whole
         return dense
     with contextlib.suppress(ValueError):  # its attention is its own
         model.set_attn_implementation(ROWS)
-        by_rows = SharedPrefixCollator(dtype)
+        by_rows = SharedPrefixCollator(dtype, dense=False)
         if shares_prefixes(model, rows, by_rows):
             return by_rows
     model.set_attn_implementation(usual)
@@ -413,7 +413,9 @@ def estimate_memory(
     beside = [m for n, m in model.named_modules() if m in maps and n.rsplit(".", 1)[-1] in targets]
     adapter = profile.lora_r * sum(m.in_features + m.out_features for m in beside)
 
-    batch = (collator or SharedPrefixCollator(dtype))(_fullest(rows, split.micro_batch))
+    batch = (collator or SharedPrefixCollator(dtype, dense=False))(
+        _fullest(rows, split.micro_batch)
+    )
     try:
         if "queries" in batch:
             model.set_attn_implementation(ROWS)
@@ -562,7 +564,9 @@ def choose_split(
     if SHARDED:  # a model that is to be cut into parts runs nowhere whole
         return candidates[0]
     typical = [rows[i] for i in range(0, len(rows), -(-len(rows) // ROWS_PER_STEP))]
-    collator = collator or SharedPrefixCollator(compute_dtype(model))
+    if collator is None:
+        by_rows = model.config._attn_implementation == ROWS
+        collator = SharedPrefixCollator(compute_dtype(model), dense=not by_rows)
     timed = []
     for split in candidates:
         if split.checkpointing:

@@ -166,7 +166,7 @@ class Recipe:
 
 def recipes(llama_factory: bool, turns: bool = False) -> list[Recipe]:
     """The tutorial's first: the others are compared with it."""
-    padded, shared = DataCollatorForSeq2Seq(PADDER), SharedPrefixCollator()
+    padded, shared = DataCollatorForSeq2Seq(PADDER), SharedPrefixCollator(dense=False)
     splits = [(micro, f"{micro}x{ROWS_PER_STEP // micro}") for micro in (2, 4, 8, 16)]
     ours = [Recipe(f"ours {name}", micro, shared) for micro, name in splits]
     if turns:  # theirs are whole conversations

@@ -79,7 +79,7 @@ def bucketed(rows: list[dict], multiple: int = 128) -> dict[str, torch.Tensor]:
 
     A filler sees itself and nobody sees it.
     """
-    batch = SharedPrefixCollator(DTYPE, dense=True)(rows)
+    batch = SharedPrefixCollator(DTYPE)(rows)
     size = batch["input_ids"].shape[1]
     more = -size % multiple
     for name, value in (("input_ids", 0), ("position_ids", 0), ("labels", -100)):
@@ -159,7 +159,7 @@ def train(recipe: Recipe, base, tokenizer, rows: Dataset, steps: int, folder: st
     else:
         collator = {
             "padded": DataCollatorForSeq2Seq(tokenizer), "bucketed": bucketed,
-            "shared": SharedPrefixCollator(DTYPE),
+            "shared": SharedPrefixCollator(DTYPE, dense=False),
         }[recipe.packing]  # fmt: skip
         trainer = Trainer(model, TrainingArguments(**common), collator, rows, callbacks=[watch])
     trainer.remove_callback(PrinterCallback)
