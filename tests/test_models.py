@@ -507,6 +507,7 @@ SEEN = """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     lora = LoraConfig(task_type="CAUSAL_LM", r=8, lora_dropout=0.1, target_modules=train.SEVEN)
     model = get_peft_model(model, lora).train()
+    model.set_attn_implementation(train.ROWS)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     batch = train.SharedPrefixCollator(dtype, dense=False)(train._fullest(rows, 16))
     for _ in range(3):
