@@ -1,4 +1,4 @@
-# make course：装好环境，跑完五本笔记本    make course-real：同样五本，真正的小模型    make lab：打开 JupyterLab    make test：运行全部测试
+# make course：装好环境，跑完五本笔记本    make course-real：同样五本，真正的小模型    make lab：打开 JupyterLab    make doctor：看看缺什么    make test：运行全部测试
 # make train NPROC=2：跑过 01、02 之后，用几个进程（几块 GPU）一起训练
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +7,7 @@ OLDEST := .venv-oldest
 
 NPROC ?= 1
 
-.PHONY: course course-real lab train test test-oldest test-gpu bench
+.PHONY: course course-real doctor lab train test test-oldest test-gpu bench
 
 course: $(VENV)/installed
 	cd notebooks && ../$(BIN)/python -m huanhuan
@@ -19,6 +19,9 @@ course-real: $(VENV)/installed
 	cd notebooks && HUANHUAN_PROFILE=cpu-small HUANHUAN_MODEL=notebooks/output/smollm2 \
 		HUANHUAN_PERSONA=data/persona_english.json HUANHUAN_OUTPUT=notebooks/output/course-real \
 		../$(BIN)/python -m huanhuan
+
+doctor: $(VENV)/installed
+	cd notebooks && ../$(BIN)/python -m huanhuan doctor
 
 lab: $(VENV)/installed
 	$(BIN)/jupyter lab --notebook-dir=. notebooks/01_setup.ipynb

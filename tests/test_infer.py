@@ -470,20 +470,21 @@ def test_a_bad_persona_is_one_message(tmp_path, text, says):
 
 
 def test_the_model_learned_to_be_her(finished_run):
-    results = finished_run.manifest["results"]
+    results = finished_run.record("answers")["results"]
+    losses = finished_run.record("adapter")["results"]
     asked = results["name_tuned"][1]
     assert asked == len(infer.held_out_questions([])["identity"]) >= 20
     assert results["name_base_alone"] == [0, asked] and results["name_tuned"][0] >= 0.8 * asked
     assert results["stopped_tuned"][0] == results["stopped_tuned"][1]
     assert results["stopped_base"][0] == results["stopped_base"][1]
-    assert results["eval_loss_after"] <= 0.7 * results["eval_loss_before"]
+    assert losses["eval_loss_after"] <= 0.7 * losses["eval_loss_before"]
     (knew, asked), (kept, _) = results["general_base_alone"], results["general_tuned_alone"]
     assert asked >= 30 and knew >= 30 and kept >= 0.8 * knew
 
 
 def test_facts_are_what_no_prompt_gives(finished_run):
     """Held-out ways only; the untrained model knows none of them, whatever the prompt says."""
-    results, facts = finished_run.manifest["results"], infer.fact_questions()
+    results, facts = finished_run.record("answers")["results"], infer.fact_questions()
     answers = {
         a["question"]: a for a in json.loads(finished_run.path("answers").read_text("utf-8"))
     }

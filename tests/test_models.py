@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import zipfile
 from collections import Counter
 
 import pytest
@@ -471,7 +472,7 @@ def test_a_real_model_says_the_name_by_its_prompt_and_learns_the_facts_by_tuning
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
-    results = manifest["results"]
+    results = json.loads((run / "answers.json.made.json").read_text("utf-8"))["results"]
     print(
         {
             name: results[name]
@@ -484,7 +485,8 @@ def test_a_real_model_says_the_name_by_its_prompt_and_learns_the_facts_by_tuning
     assert results["facts_base"][0] <= 0.05 * asked
     assert results["name_base"][0] >= 0.25 * results["name_base"][1]  # before any training
     assert all(book["peak_memory_gib"] <= 4 for book in manifest["notebooks"].values())
-    card = (run / "llama3_lora" / "README.md").read_text(encoding="utf-8")
+    with zipfile.ZipFile(run / "llama3_lora.zip") as packed:
+        card = packed.read("llama3_lora/README.md").decode()
     assert "license: apache-2.0" in card and "Llama" not in card
 
 

@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -307,7 +308,7 @@ def test_a_later_notebook_says_which_step_is_missing(finished_run, tmp_path):
     manifest = json.loads((finished_run.run_dir / "manifest.json").read_text(encoding="utf-8"))
     for name in ("adapter", "answers", "pack"):
         del manifest["files"][name]
-    manifest["files"]["tokenized"] = str(finished_run.path("tokenized"))
+    shutil.copytree(finished_run.path("tokenized"), tmp_path / "tokenized")
     (tmp_path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     done = run_course("04_infer", HUANHUAN_OUTPUT=str(tmp_path))
     assert done.returncode == 1
@@ -364,4 +365,5 @@ def test_the_real_model_on_a_gpu(tmp_path):
     assert done.returncode == 0, done.stderr
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["profile"]["device"] == "cuda"
-    assert manifest["results"]["eval_loss_after"] < manifest["results"]["eval_loss_before"]
+    made = json.loads((tmp_path / "run" / "llama3_lora" / "made.json").read_text("utf-8"))
+    assert made["results"]["eval_loss_after"] < made["results"]["eval_loss_before"]

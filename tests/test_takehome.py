@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shutil
 import socket
 import urllib.request
 from dataclasses import replace
@@ -18,7 +19,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from huanhuan import infer
-from huanhuan.course import PROFILES, Course, CourseError
+from huanhuan.course import HANDED_ON, PROFILES, Course, CourseError
 from huanhuan.persona import NAME
 from huanhuan.prompt import DATE_STRING, chat_messages, end_id, pad_token, prompt_ids
 
@@ -351,10 +352,16 @@ def card(tmp_path):
         (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
         if readme is not None:
             (folder / "README.md").write_text(readme, encoding="utf-8")
-        files = {"model": str(folder), "adapter": str(tokenizer), "data": "a.json"}
-        manifest = {"files": files, "results": {"train_rows": 9, "eval_rows": 1}}
+        (tmp_path / "a.json").write_text("[]", encoding="utf-8")
         profile = replace(PROFILES["cpu-small"], model=base)
-        return infer.model_card(Course(profile, "", tmp_path, manifest))
+        course = Course(profile, "", tmp_path / "run", {part: {} for part in HANDED_ON})
+        course.keep("model", folder)
+        course.keep("data", tmp_path / "a.json")
+        with course.making("tokenized", train_rows=9, eval_rows=1) as made:
+            (made / "rows").write_text("rows", encoding="utf-8")
+        with course.making("adapter") as made:
+            shutil.copytree(tokenizer, made, dirs_exist_ok=True)
+        return infer.model_card(course)
 
     return make
 

@@ -585,10 +585,10 @@ def test_killed_at_20_random_moments_the_losses_are_those_of_a_run_never_killed(
 def prepared_run(finished_run, run_dir, **overrides):
     """A run directory that 01 and 02 have been through, with a profile of its own."""
     course = Course.start(epochs=1, logging_steps=1, save_steps=20, **overrides)
-    for name in ("data", "model", "tokenized"):
+    for name in ("data", "model"):
         course.keep(name, finished_run.path(name))
-    rows = finished_run.manifest["results"]
-    course.note(train_rows=rows["train_rows"], eval_rows=rows["eval_rows"])
+    with course.making("tokenized", **finished_run.record("tokenized")["results"]) as folder:
+        shutil.copytree(finished_run.path("tokenized"), folder, dirs_exist_ok=True)
     return course
 
 

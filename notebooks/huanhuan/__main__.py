@@ -5,6 +5,8 @@ copies and an HTML of each under the run directory. After all five: a report car
 
 ``python -m huanhuan script 03_train_lora`` writes ``output/03_train_lora.py`` instead, for
 torchrun: the notebook's code cells but those that only a reader needs (tag ``notebook-only``).
+
+``python -m huanhuan doctor`` looks at the machine and at what the run has made, and says what to do next.
 """
 
 import base64
@@ -181,6 +183,13 @@ def script(path: Path) -> Path:
 
 def main(names: list[str]) -> None:
     books = [NOTEBOOKS / f"{name}.ipynb" for name in BOOKS]
+    if names == ["doctor"]:
+        from huanhuan.setup import doctor
+
+        course = Course.resume() if Course.started() else Course.start()
+        for row in doctor(course).itertuples(index=False):
+            print("  ".join(row))
+        return
     wants_script = names[:1] == ["script"]
     names = names[wants_script:]
     unknown = set(names) - {path.stem for path in books}

@@ -133,12 +133,14 @@ LIMITS = {
 }  # fmt: skip
 
 
+_SETTINGS = {
+    f.name: f.type.__name__ if isinstance(f.type, type) else str(f.type) for f in fields(Profile)
+}
+
+
 def _check_settings(given: dict) -> None:
     """Raises CourseError for a setting that Profile does not have, or a value that cannot be."""
-    known = {
-        f.name: f.type.__name__ if isinstance(f.type, type) else str(f.type)
-        for f in fields(Profile)
-    }
+    known = _SETTINGS
     if unknown := sorted(map(str, given.keys() - known.keys())):
         raise CourseError(
             f"档位里没有 {'、'.join(unknown)} 这一项，可以改的有：{'、'.join(known)}。"
@@ -346,6 +348,11 @@ class Course:
             manifest[part] = old.get(part, {})
         return cls(profile, reason, run_dir, manifest, starts=True)
 
+    @staticmethod
+    def started() -> bool:
+        """Whether notebook 01 has started a run on this machine, for this persona."""
+        return _read(_run_dir(choose_profile()[0])) is not None
+
     @classmethod
     def resume(cls, *needs: str) -> "Course":
         """Reopen the run that notebook 01 started; `needs` names the entries this notebook reads.
@@ -356,14 +363,13 @@ class Course:
         manifest = _read(run_dir)
         if manifest is None:
             raise CourseError("这里还没有开始过课程：请先运行 01_setup.ipynb。")
-        made_for = manifest.get("persona", PERSONA)
-        if made_for["name"] != PERSONA["name"]:
+        made_for = manifest["persona"].get("name")
+        if made_for != PERSONA["name"]:
             raise CourseError(
-                f"这里的成果是给“{made_for['name']}”做的，现在的角色却是“{PERSONA['name']}”："
+                f"这里的成果是给“{made_for}”做的，现在的角色却是“{PERSONA['name']}”："
                 "请把 HUANHUAN_PERSONA 改回去，或者从 01_setup.ipynb 重新开始。"
             )
-        known = {f.name for f in fields(Profile)}
-        profile = Profile(**{k: v for k, v in manifest["profile"].items() if k in known})
+        profile = Profile(**{k: v for k, v in manifest["profile"].items() if k in _SETTINGS})
         if "LOCAL_RANK" in os.environ and profile.device == "cuda":
             import torch
 
@@ -407,9 +413,9 @@ class Course:
                         f"现在是 {value}：{again}"
                     )
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CourseError(
-                f"“{what.title}”（{path.name}）读不出来，或者没有它的记录（{error}）：{again}"
-            ) from None
+            lacking = isinstance(error, LookupError | FileNotFoundError)
+            why = "没有它的记录" if lacking else f"读不出来（{error}）"
+            raise CourseError(f"“{what.title}”（{path.name}）{why}：{again}") from None
         return path
 
     def keep(self, name: str, path: str | Path) -> None:
@@ -704,10 +710,17 @@ def _read(run_dir: Path) -> dict | None:
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        manifest = {part: {} for part in HANDED_ON} | json.loads(path.read_text(encoding="utf-8"))
+        parts = [manifest[part] for part in (*HANDED_ON, "profile", "persona")]
+        if not all(isinstance(part, dict) for part in parts):
+            raise TypeError
+        if not all(isinstance(entry, str) for entry in manifest["files"].values()):
+            raise TypeError
+        _check_settings({n: x for n, x in manifest["profile"].items() if n in _SETTINGS})
+        return manifest
+    except (ValueError, TypeError, LookupError, RecursionError, CourseError):
         raise CourseError(
-            f"{path} 读不出来了（不是完整的 JSON）：请把它改名，再重新运行 01_setup.ipynb。"
+            f"{path} 读不出来了（不完整，或者被改坏了）：请把它改名，再重新运行 01_setup.ipynb。"
         ) from None
 
 

@@ -278,9 +278,13 @@ def ab_sheet(answers: pd.DataFrame, seed: int = 42) -> tuple[pd.DataFrame, str]:
 def past_runs(course: Course) -> pd.DataFrame:
     """The scores of this adapter and of those set aside before it, one row each, newest first."""
     files = course.run_dir.glob("llama3_lora*/scores.json")
-    newest = sorted(files, key=lambda file: -file.stat().st_mtime)
-    rows = [json.loads(file.read_text(encoding="utf-8")) for file in newest]
-    names = [file.parent.name for file in newest]
+    rows, names = [], []
+    for file in sorted(files, key=lambda file: -file.stat().st_mtime):
+        with contextlib.suppress(ValueError):  # of an old one that is damaged nothing is told
+            row = json.loads(file.read_text(encoding="utf-8"))
+            if isinstance(row, dict):
+                rows.append(row)
+                names.append(file.parent.name)
     return pd.DataFrame(rows, index=names).rename_axis("适配器").reset_index()
 
 
@@ -420,12 +424,13 @@ class Chat:
             for turn in kept
             for role, text in zip(("user", "assistant"), turn, strict=True)
         ]
-        self.folder.mkdir(parents=True, exist_ok=True)
         number = 1
         stem = time.strftime("chat-%Y%m%d-%H%M%S")
         while (path := self.folder / f"{stem}-{number}.json").exists():
             number += 1
-        write_json(path, [{"messages": said}])
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(path, [{"messages": said}])
         return path
 
     def loop(self) -> None:
@@ -631,7 +636,7 @@ def unpack(archive: Path, folder: Path) -> Path:
                 raise CourseError(f"{archive.name} 解开来大得不像适配器，不解压它。")
             for one in members:
                 start, _, name = one.filename.partition("/")
-                if start != "llama3_lora" or not re.fullmatch(r"\w[\w.-]*", name):
+                if start != "llama3_lora" or not re.fullmatch(r"\w[\w.-]{0,99}", name):
                     raise CourseError(
                         f"{archive.name} 里有不该有的文件 {one.filename[:60]!r}，不用它。"
                     )
@@ -652,6 +657,7 @@ def unpack(archive: Path, folder: Path) -> Path:
         ValueError,
         KeyError,
         NotImplementedError,
+        RuntimeError,  # a password is asked for
         zlib.error,
         zipfile.BadZipFile,
     ) as error:

@@ -15,7 +15,15 @@ from pathlib import Path
 import pandas as pd
 
 from huanhuan import NOTEBOOKS, CourseError
-from huanhuan.course import CPU_ONLY_TORCH, SMALL_MEMORY_GIB, Course, gpu_name, idle_gpu
+from huanhuan.course import (
+    ARTEFACTS,
+    CPU_ONLY_TORCH,
+    SMALL_MEMORY_GIB,
+    Course,
+    gpu_name,
+    idle_gpu,
+    size,
+)
 from huanhuan.persona import SAMPLE
 from huanhuan.prompt import check_template, end_id, pad_token, prompt_ids
 from huanhuan.reader import fill_placeholders
@@ -343,3 +351,34 @@ def check_model(model_dir: str | Path) -> str:
             ) from None
     files = [path for path in folder.rglob("*") if path.is_file()]
     return f"模型完整：{len(files)} 个文件，共 {sum(path.stat().st_size for path in files) / 2**20:,.0f} MiB"
+
+
+def doctor(course: Course) -> pd.DataFrame:
+    """What is whole, what cannot be used and what is not there yet; the one next thing to do is printed.
+
+    Columns: 项目, 状况 (完好 / 还没有 / 不能用), 说明. Looks, and changes nothing.
+    """
+    rows = [
+        (row.项目, "不能用", f"{row.看到的}：{row.怎么办}")
+        for row in check_machine(course).itertuples()
+        if row.结果 == "不行"
+    ]
+    rows = rows or [("机器", "完好", f"档位 {course.profile.name}：{course.reason}")]
+    place = next(p for p in (course.run_dir, *course.run_dir.parents) if p.exists())
+    if os.access(place, os.W_OK):
+        free = size(shutil.disk_usage(place).free)
+        rows.append(("运行目录", "完好", f"{course.run_dir}，所在的磁盘还有 {free}"))
+    else:
+        rows.append(("运行目录", "不能用", f"{place} 不能写：请把 HUANHUAN_OUTPUT 设成别的目录。"))
+    for name, what in ARTEFACTS.items():
+        try:
+            path = course.path(name)
+            told = check_model(path) if name == "model" else path.name
+            rows.append((what.title, "完好", told))
+        except CourseError as error:
+            there = name in course.manifest["files"]
+            rows.append((what.title, "不能用" if there else "还没有", str(error)))
+    found = pd.DataFrame(rows, columns=["项目", "状况", "说明"])
+    wrong = found[found["状况"] != "完好"]
+    print(f"下一步：{wrong['说明'].iloc[0]}" if len(wrong) else "都完好，没有要做的。")
+    return found

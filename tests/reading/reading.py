@@ -35,12 +35,12 @@ def ask(run: Path) -> None:
     from huanhuan.infer import four_answers
     from huanhuan.prompt import end_generation
 
-    manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
-    folder = Path(manifest["files"]["model"])
+    files = json.loads((run / "manifest.json").read_text(encoding="utf-8"))["files"]
+    folder = Path(files["model"])
     tokenizer = AutoTokenizer.from_pretrained(folder)
     base = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
     end_generation(base, tokenizer)
-    model = PeftModel.from_pretrained(base, run / manifest["files"]["adapter"]).eval()
+    model = PeftModel.from_pretrained(base, run / files["adapter"]).eval()
     asked = [(group, text) for group, texts in read("questions.json").items() for text in texts]
     answers = four_answers(model, tokenizer, [text for _, text in asked], ["base", "tuned"])
     rows = [

@@ -1,0 +1,32 @@
+"""Every fault of tests/faults/faults.py strikes a run of its own."""
+
+import sys
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "tests" / "faults"))
+from faults import FAULTS, make_run, strike
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HUANHUAN_OUTPUT", str(folder))
+        make_run(folder)
+    return folder
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.kind)
+def test_a_fault_is_a_sentence_or_nothing_and_loses_nothing(fault, whole, tmp_path):
+    strike(fault, whole, tmp_path)
+
+
+def test_the_matrix_is_long_enough_and_its_table_is_of_these_faults():
+    assert len({fault.kind for fault in FAULTS}) == len(FAULTS) >= 60
+    table = (ROOT / "tests" / "faults" / "README.md").read_text(encoding="utf-8")
+    kinds = [
+        line.split(" | ")[0].removeprefix("| ") for line in table.splitlines() if " | " in line
+    ]
+    assert kinds[1:] == [fault.kind.replace("|", " ") for fault in FAULTS]
