@@ -1,6 +1,8 @@
 """The helper of the five notebooks: what they use and do not teach."""
 
 import os
+import re
+import sys
 import warnings
 from pathlib import Path
 
@@ -40,4 +42,27 @@ def _settle_paths() -> None:
             os.environ[name] = value
 
 
+def _explain_missing_names() -> None:
+    """In a notebook a NameError becomes a sentence, which names the cell to run where that is known."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if shell is None:
+        return
+
+    def explain(shell, kind, error, trace, tb_offset=None):
+        made = (
+            rf"^{error.name}\b[^=\n]*=[^=]|^def {error.name}\b|^(from .*)?import .*\b{error.name}\b"
+        )
+        cells = [code for code in shell.user_ns.get("In", [])[:-1] if re.search(made, code, re.M)]
+        known = f"（开头是 `{cells[-1].strip().splitlines()[0]}` 的那一格）" if cells else ""
+        said = [
+            f"⛔ 这里要用 {error.name}，可是现在没有它：名字写错了，或者内核重启过，或者后面的格子已经把它"
+            f"放掉了。请先运行定义它的那一格{known}；或者选中这一格，点菜单 Run → Run All Above Selected Cell。"
+        ]
+        shell._showtraceback(kind, error, said)
+        return said
+
+    shell.set_custom_exc((NameError,), explain)
+
+
 _settle_paths()
+_explain_missing_names()

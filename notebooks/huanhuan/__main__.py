@@ -9,6 +9,7 @@ torchrun: the notebook's code cells but those that only a reader needs (tag ``no
 ``python -m huanhuan doctor`` looks at the machine and at what the run has made, and says what to do next.
 """
 
+import asyncio
 import base64
 import html
 import json
@@ -35,14 +36,35 @@ except CourseError as error:  # a bad persona file
 BOOKS = [*dict.fromkeys(what.made_by for what in ARTEFACTS.values()), "05_cleanup"]
 
 
+SILENCE = 8  # seconds after which a cell that says nothing is said to be running
+
+
 class Client(NotebookClient):
     """Executes a notebook, and passes on the lines in which a long cell says how far it is ("… ")."""
+
+    async def async_execute_cell(self, cell, cell_index, **others):
+        self.began = self.said = time.monotonic()
+        speaking = asyncio.create_task(self._speak(cell_index))
+        try:
+            return await super().async_execute_cell(cell, cell_index, **others)
+        finally:
+            speaking.cancel()
+
+    async def _speak(self, number: int) -> None:
+        while True:
+            await asyncio.sleep(1)
+            if time.monotonic() - self.said >= SILENCE:
+                self._say(f"… 第 {number + 1} 格，运行了 {time.monotonic() - self.began:.0f} 秒")
+
+    def _say(self, line: str) -> None:
+        print(f"\n    {line}", end="", flush=True)
+        self.said = time.monotonic()
 
     def process_message(self, msg, cell, cell_index):
         if msg["msg_type"] == "stream":
             for line in msg["content"]["text"].splitlines():
                 if line.startswith("… "):
-                    print(f"\n    {line}", end="", flush=True)
+                    self._say(line)
         return super().process_message(msg, cell, cell_index)
 
 
