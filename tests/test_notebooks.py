@@ -16,6 +16,7 @@ import time
 import urllib.request
 
 import nbformat
+import psutil
 import pytest
 from conftest import NOTEBOOKS, ROOT, run_course
 
@@ -351,6 +352,96 @@ def test_executed_copies_are_stamped_and_readable(finished_run):
     )
     assert finished_run.manifest["versions"]["transformers"] in page
     assert "删变量" in page
+
+
+def small_run(run_dir, **settings):
+    """A run that 01 and 02 have been through, on 48 rows."""
+    rows = json.loads((ROOT / "data" / "huanhuan_sample.json").read_text(encoding="utf-8"))[:48]
+    run_dir.parent.mkdir(exist_ok=True)
+    (run_dir.parent / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    persona = json.loads((ROOT / "data" / "persona_huanhuan.json").read_text(encoding="utf-8"))
+    persona |= {"dataset": "rows.json", "profile": settings}
+    (run_dir.parent / "me.json").write_text(json.dumps(persona), encoding="utf-8")
+    given = {"HUANHUAN_OUTPUT": str(run_dir), "HUANHUAN_PERSONA": str(run_dir.parent / "me.json")}
+    done = run_course("01_setup", "02_preprocess", **given)
+    assert done.returncode == 0, done.stderr
+    return given
+
+
+def running_03(given, until):
+    """The runner on 03, once it has said `until`."""
+    runner = subprocess.Popen(
+        [sys.executable, "-u", "-m", "huanhuan", "03_train_lora"], cwd=NOTEBOOKS,
+        env=os.environ | given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    for line in runner.stdout:
+        if until in line:
+            return runner
+    raise AssertionError(runner.stderr.read())
+
+
+@pytest.mark.parametrize("harm", ["kernel", "runner"])
+def test_a_killed_kernel_and_ctrl_c_are_a_sentence_and_training_goes_on(tmp_path, harm):
+    given = small_run(tmp_path / "run", epochs=60, save_steps=2)
+    runner = running_03(given, "… 第 20 / ")
+    (kernel,) = psutil.Process(runner.pid).children()
+    if harm == "kernel":
+        kernel.kill()
+    else:
+        runner.send_signal(signal.SIGINT)
+    said = runner.communicate(timeout=60)[1]
+    assert runner.returncode == 1 and "接着" in said and "Traceback" not in said, said
+    assert ("内核死了" if harm == "kernel" else "停下来了") in said
+    psutil.wait_procs([kernel], timeout=30)
+    done = run_course("03_train_lora", **given)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "run" / "executed" / "03_train_lora.ipynb").read_text(encoding="utf-8")
+    assert "接着训练。" in text
+
+
+def execute(*cells):
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError
+
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code) for code in cells])
+    client = NotebookClient(book, resources={"metadata": {"path": str(NOTEBOOKS)}})
+    with pytest.raises(CellExecutionError):
+        client.execute()
+    (error,) = [o for o in book.cells[-1].outputs if o.output_type == "error"]
+    return "\n".join(error.traceback)
+
+
+def test_a_name_that_is_not_there_is_one_sentence_that_names_the_cell():
+    said = execute("import huanhuan\nmodel = 1", "del model", "model + 1")
+    assert len(said.splitlines()) == 1 and "model" in said and "`import huanhuan`" in said
+    assert "Run All Above" in execute("import huanhuan", "course.path('data')")
+
+
+def test_a_long_cell_is_said_to_run(monkeypatch, tmp_path, capsys):
+    from huanhuan import __main__ as runner
+
+    monkeypatch.setattr(runner, "SILENCE", 1)
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("import time; time.sleep(4)")])
+    nbformat.write(book, tmp_path / "slow.ipynb")
+    runner.run(tmp_path / "slow.ipynb", tmp_path / "none" / "executed")
+    assert capsys.readouterr().out.count("… 第 1 格，运行了") >= 2
+
+
+def test_the_runner_works_from_the_projects_folder_and_prints_in_any_encoding(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "huanhuan", "02_preprocess"], cwd=ROOT, capture_output=True,
+        env=os.environ | {"HUANHUAN_OUTPUT": str(tmp_path / "run"), "PYTHONIOENCODING": "gbk"},
+    )  # fmt: skip
+    said = done.stderr.decode("gbk")
+    assert done.returncode == 1 and "请先运行 01_setup.ipynb" in said and "Traceback" not in said
+
+
+def test_a_copy_of_a_notebook_is_not_run(tmp_path):
+    from huanhuan.__main__ import BOOKS as KNOWN
+
+    assert [path.stem for path in BOOKS] == KNOWN
+    done = run_course("03_train_lora-Copy1", HUANHUAN_OUTPUT=str(tmp_path))
+    assert done.returncode == 1 and "没有这本笔记本" in done.stderr
 
 
 @pytest.mark.gpu

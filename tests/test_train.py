@@ -1,6 +1,8 @@
 import json
 import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -580,6 +582,37 @@ def test_killed_at_20_random_moments_the_losses_are_those_of_a_run_never_killed(
     assert "接着训练" in said
     assert int(said.split("being written: ")[1]) >= 5
     assert len(runs[0]) == 240 and runs[20] == runs[0]
+
+
+def test_stopped_by_hand_at_20_random_steps_the_losses_are_those_of_a_run_never_stopped(
+    run_dir, capsys, monkeypatch
+):
+    """■ sends SIGINT. The step it falls into is finished and saved; nothing is done twice."""
+    steps = set(random.Random(3).sample(range(1, 240), 20))
+    one_step = train.CourseTrainer.training_step
+
+    def pressed(self, *args, **kwargs):
+        if self.state.global_step + 1 in steps:
+            steps.remove(self.state.global_step + 1)
+            os.kill(os.getpid(), signal.SIGINT)
+        return one_step(self, *args, **kwargs)
+
+    def whole_training(folder):
+        course = Course(PROFILES["cpu-tiny"], "", folder, {})
+        trainer, point = resumable_trainer(folder / "checkpoints"), None
+        point = train.resume_point(course, {}, train.Split(8))
+        trainer.train(resume_from_checkpoint=point)
+
+    whole_training(run_dir / "straight")
+    monkeypatch.setattr(train.CourseTrainer, "training_step", pressed)
+    for left in range(20, 0, -1):
+        at = min(steps)
+        with pytest.raises(CourseError, match=f"停在第 {at} 步，已存好；再运行这一格就接着训练"):
+            whole_training(run_dir / "stopped")
+        assert len(steps) == left - 1
+    whole_training(run_dir / "stopped")
+    assert losses_of(run_dir / "stopped") == losses_of(run_dir / "straight")
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def prepared_run(finished_run, run_dir, **overrides):

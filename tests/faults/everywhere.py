@@ -14,6 +14,7 @@ import argparse
 import collections
 import errno
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -105,7 +106,9 @@ class Writes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def run(book: str, folder: Path, at: int | None = None, kill: bool = False) -> tuple[str, str, list]:
+def run(
+    book: str, folder: Path, at: int | None = None, kill: bool = False
+) -> tuple[str, str, list]:
     """Run a notebook in `folder`: how it ended (完成, 一句话, 报错, 被杀), what it said last, its writes."""
     said, listed = folder.with_name("said.txt"), folder.with_name("writes.json")
     listed.unlink(missing_ok=True)
@@ -132,7 +135,11 @@ def run(book: str, folder: Path, at: int | None = None, kill: bool = False) -> t
         sys.stdout.flush()
         os._exit(code)
     status = os.waitpid(child, 0)[1]
-    ended = "被杀" if os.WIFSIGNALED(status) else {0: "完成", 3: "一句话"}.get(os.WEXITSTATUS(status), "报错")
+    ended = (
+        "被杀"
+        if os.WIFSIGNALED(status)
+        else {0: "完成", 3: "一句话"}.get(os.WEXITSTATUS(status), "报错")
+    )
     lines = said.read_text(encoding="utf-8").strip().splitlines() or [""]
     told = lines[-1] if ended != "报错" else "\n".join(lines[-8:])
     return ended, told, json.loads(listed.read_text("utf-8")) if listed.exists() else []
@@ -152,7 +159,9 @@ def result(folder: Path) -> dict:
             found[name] = {part: record[part] for part in ("of", "settings", "results")}
     if (folder / "llama3_lora.zip").exists():
         with zipfile.ZipFile(folder / "llama3_lora.zip") as packed:
-            found["pack"] = {n: hashlib.sha256(packed.read(n)).hexdigest() for n in packed.namelist()}
+            found["pack"] = {
+                n: hashlib.sha256(packed.read(n)).hexdigest() for n in packed.namelist()
+            }
     return found
 
 
@@ -169,12 +178,8 @@ def main() -> None:
         os.environ |= {"HUANHUAN_OUTPUT": str(folder / "run"), "MPLBACKEND": "agg"}
         os.chdir(NOTEBOOKS)
         sys.path.insert(0, str(NOTEBOOKS))
-        import huanhuan.cleanup  # noqa: F401
-        import huanhuan.infer  # noqa: F401
-        import huanhuan.preprocess  # noqa: F401
-        import huanhuan.setup  # noqa: F401
-        import huanhuan.show  # noqa: F401
-        import huanhuan.train  # noqa: F401
+        for room in ("cleanup", "infer", "preprocess", "setup", "show", "train"):
+            importlib.import_module(f"huanhuan.{room}")
 
         place = folder / "run"
         place.mkdir()

@@ -1002,15 +1002,16 @@ def elsewhere_too(said: str, folder: Path) -> str:
 
 
 def main() -> None:
-    """Strike with every fault, and write what was said into README.md."""
+    """Strike with every fault; write what was said beside this file, and the counts into README.md."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         with environ(HUANHUAN_PROFILE="cpu-tiny"), contextlib.redirect_stdout(io.StringIO()):
             make_run(folder / "whole")
-        lines = ["| 出了什么事 | 在哪里 | 课程怎么说 |", "|---|---|---|"]
+        lines, spoken = ["| 出了什么事 | 在哪里 | 课程怎么说 |", "|---|---|---|"], {}
         for number, fault in enumerate(FAULTS):
             with environ(HUANHUAN_PROFILE="cpu-tiny"):
                 said = strike(fault, folder / "whole", folder / str(number))
+            spoken.setdefault(fault.where, []).append(said is not None)
             told = infer.plain(elsewhere_too(said or "接着运行，结果一样", folder))
             lines.append(
                 f"| {fault.kind.replace('|', ' ')} | {fault.where} | {told[:90]}{'……' * (len(told) > 90)} |"
@@ -1022,6 +1023,14 @@ def main() -> None:
         + "\n",
         encoding="utf-8",
     )
+    rooms = ["| 在哪里 | 试过的错 | 一句话说清楚 | 不受影响，接着运行 |", "|---|---|---|---|"]
+    for where, said in sorted(spoken.items()):
+        rooms.append(f"| {where} | {len(said)} | {sum(said)} | {len(said) - sum(said)} |")
+    readme = ROOT / "README.md"
+    head, _, rest = readme.read_text(encoding="utf-8").partition(MARKS[0])
+    tail = rest.partition(MARKS[1])[2]
+    text = "\n".join([f"{head}{MARKS[0]}", *rooms, f"{MARKS[1]}{tail}"])
+    readme.write_text(text, encoding="utf-8")
     print(f"{len(FAULTS)} faults")
 
 
