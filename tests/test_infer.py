@@ -103,7 +103,7 @@ def test_pack_is_whole_and_names_nothing_of_this_machine(finished_run, tmp_path)
     config = json.loads(content["llama3_lora/adapter_config.json"])
     assert {"r", "lora_alpha", "target_modules"} <= set(config)  # vLLM refuses an adapter without
     card = content["llama3_lora/README.md"].decode()
-    assert SYSTEM_PROMPT in card and "huanhuan_sample.json" in card
+    assert SYSTEM_PROMPT in card and r"huanhuan\_sample.json" in card
     assert "Llama" not in card.split("```python")[0]  # the tiny model is none of Meta's
     assert infer.unpack(archive, tmp_path / "a") == tmp_path / "a" / "llama3_lora"
 
@@ -365,12 +365,16 @@ def test_base_and_tuned_and_a_conversation_saved_as_a_dataset(tuned, tokenizer, 
     chat.new()
     chat.tuned = False
     assert list(chat.say("你是谁？", **greedy))[-1] != tuned_says
+    with pytest.raises(CourseError, match="没有一句是微调后的"):
+        chat.save()
+    chat.tuned = True
+    list(chat.say("你叫什么？", **greedy))
     first, second = chat.save(), chat.save()
     assert first != second
     list(chat.say("今天下雪了", **greedy))
     saved = load_rows(chat.save())
-    assert saved["instruction"].tolist() == ["你是谁？", "今天下雪了"]
-    assert saved["history"].tolist() == [[], [list(chat.turns[0])]]
+    assert saved["instruction"].tolist() == ["你叫什么？", "今天下雪了"]
+    assert saved["history"].tolist() == [[], [list(chat.turns[1])]]
 
 
 def test_old_turns_go_whole_and_the_system_prompt_stays(tuned, tokenizer, tmp_path):
@@ -404,6 +408,7 @@ def test_the_widget_talks_in_a_thread_and_shows_markup_as_text(tuned, tokenizer,
     assert said.value == "还没有输入。"
     talk("<script>alert(1)</script>")
     assert "&lt;script&gt;" in log.value and "<script>" not in log.value
+    talk("你是谁？")
     save.click()
     assert "存到了" in said.value
     new.click()

@@ -6,7 +6,7 @@ import re
 import shutil
 import socket
 import urllib.request
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import datasets
@@ -354,7 +354,8 @@ def card(tmp_path):
             (folder / "README.md").write_text(readme, encoding="utf-8")
         (tmp_path / "a.json").write_text("[]", encoding="utf-8")
         profile = replace(PROFILES["cpu-small"], model=base)
-        course = Course(profile, "", tmp_path / "run", {part: {} for part in HANDED_ON})
+        manifest = {part: {} for part in HANDED_ON} | {"profile": asdict(profile), "persona": {}}
+        course = Course(profile, "", tmp_path / "run", manifest)
         course.keep("model", folder)
         course.keep("data", tmp_path / "a.json")
         with course.making("tokenized", train_rows=9, eval_rows=1) as made:

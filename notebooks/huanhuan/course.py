@@ -447,6 +447,8 @@ class Course:
                 of[other] = self.manifest["known"][other]["id"]
             yield beside
             if RANK != 0:
+                _all_here()
+                self.manifest = _read(self.run_dir) or self.manifest
                 return
             files = _state(beside)
             if not files:
@@ -464,6 +466,7 @@ class Course:
                 _record(beside).replace(_record(target))
             beside.rename(target)
             self._list(name, what.file)
+            _all_here()
 
     def record(self, name: str) -> dict:
         """What `name` was made of: ``{"of", "settings", "results", "versions", "made"}``."""
@@ -534,6 +537,15 @@ class Course:
                     yield
                 finally:
                     self._locked = False
+
+
+def _all_here() -> None:
+    """Wait for the other processes that train with this one, if there are any."""
+    if "LOCAL_RANK" in os.environ:
+        import torch
+
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
 
 
 @contextlib.contextmanager
