@@ -408,6 +408,9 @@ def test_the_widget_talks_in_a_thread_and_shows_markup_as_text(tuned, tokenizer,
     assert said.value == "还没有输入。"
     talk("<script>alert(1)</script>")
     assert "&lt;script&gt;" in log.value and "<script>" not in log.value
+    save.click()
+    assert "没有一句是微调后的" in said.value  # four tokens are no whole answer
+    knobs.children[3].value = 200
     talk("你是谁？")
     save.click()
     assert "存到了" in said.value
