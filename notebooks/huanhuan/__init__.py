@@ -20,6 +20,19 @@ class CourseError(Exception):
         return [f"⛔ {self}"]
 
 
+def _no_bars() -> None:
+    """The libraries' progress bars off: English, and at 0 % for ever in an executed copy.
+
+    (modelscope's, for the download, are its own and stay.)
+    """
+    for name in ("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS"):
+        os.environ.setdefault(name, "1")
+    if datasets := sys.modules.get("datasets"):  # imported before the helper
+        datasets.disable_progress_bars()
+    if logging := sys.modules.get("transformers.utils.logging"):
+        logging.disable_progress_bar()
+
+
 def _settle_paths() -> None:
     """Make relative paths in ``HUANHUAN_*`` absolute: a notebook does not run where it was called.
 
@@ -64,5 +77,8 @@ def _explain_missing_names() -> None:
     shell.set_custom_exc((NameError,), explain)
 
 
+for _bars in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+    os.environ.setdefault(_bars, "1")  # English, and gone in a moment; transformers heeds the first
+_no_bars()
 _settle_paths()
 _explain_missing_names()

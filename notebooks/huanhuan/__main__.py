@@ -101,6 +101,7 @@ def run(path: Path, out: Path) -> None:
         )
         notebook.cells.insert(0, note)
         attach_pictures(notebook)
+        freeze_widgets(notebook)
         try:
             with writing(out):
                 out.mkdir(exist_ok=True)
@@ -108,7 +109,7 @@ def run(path: Path, out: Path) -> None:
                 body, _ = HTMLExporter().from_notebook_node(
                     notebook, {"metadata": {"name": path.stem}}
                 )
-                (out / f"{path.stem}.html").write_text(body, encoding="utf-8")
+                (out / f"{path.stem}.html").write_text(offline(body), encoding="utf-8")
         except CourseError as error:  # the notebook's own failure is what matters
             failure = failure or error
     if isinstance(failure, CourseError):
@@ -135,6 +136,32 @@ def attach_pictures(notebook: nbformat.NotebookNode) -> None:
             cell.source = cell.source.replace(link, f"attachment:{picture.name}")
 
 
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def freeze_widgets(notebook: nbformat.NotebookNode) -> None:
+    """In a copy no button works and no bar moves: a line stands for the first, the second go."""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if output.output_type == "execute_result" and WIDGET in output.data:
+                output.data = {
+                    "text/plain": "（这里原来是可以点的界面：自己打开笔记本运行，才会有。）"
+                }
+        if cell.cell_type == "code":
+            cell.outputs = [one for one in cell.outputs if WIDGET not in one.get("data", {})]
+    notebook.metadata.pop("widgets", None)
+
+
+def offline(page: str) -> str:
+    """`page` without what would be fetched from elsewhere, and readable on a telephone."""
+    style = (
+        "<style>.jp-InputArea-editor{overflow-x:auto}"
+        ".jp-RenderedSVG img{max-width:100%;height:auto}</style>\n</head>"
+    )
+    page = re.sub(r'<script src="https?://[^>]*>\s*</script>', "", page)
+    return page.replace("</head>", style, 1)
+
+
 def report(course: Course, answers: list[dict]) -> str:
     """The report card, as Markdown text."""
     from huanhuan.infer import FOUR, plain, share  # not above: the runner itself needs no torch
@@ -157,7 +184,7 @@ def report(course: Course, answers: list[dict]) -> str:
             lines.append(f"| {label} | {' | '.join(said)} |")
     lines += [
         "",
-        f"说完自己停下来：{share(*results['stopped_tuned'])}",
+        f"写满 04 的上限以前，自己停下来：{share(*results['stopped_tuned'])}",
         "",
         "| 笔记本 | 分钟 | 内存峰值 GiB |",
         "|---|---|---|",

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import torch
 
 from huanhuan.course import Course, CourseError
@@ -14,7 +15,7 @@ def memory() -> dict[str, float]:
     """What is held now, in MiB.
 
     ``tensors``: tensors that Python can still reach, on any device. With a GPU also ``allocated``
-    (by its tensors) and ``reserved`` (by torch from the driver).
+    (by its tensors) and ``reserved`` (by torch from the driver), else ``process`` (all that it holds).
     """
     sizes = {}
     for thing in gc.get_objects():
@@ -27,6 +28,8 @@ def memory() -> dict[str, float]:
             "allocated": torch.cuda.memory_allocated() / 2**20,
             "reserved": torch.cuda.memory_reserved() / 2**20,
         }
+    else:
+        held["process"] = psutil.Process().memory_info().rss / 2**20
     return held
 
 

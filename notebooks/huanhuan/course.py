@@ -505,7 +505,7 @@ class Course:
         minutes, memory = (time.time() - self._opened) / 60, peak_memory_gib()
         took = {"minutes": round(minutes, 2), "peak_memory_gib": round(memory, 2)}
         self._change(lambda manifest: manifest["notebooks"].update({notebook: took}))
-        print(f"✅ {notebook} 完成：用时 {minutes:.1f} 分钟，内存峰值 {memory:.2f} GiB")
+        print(f"✅ {notebook} 完成：用时 {lasting(minutes * 60)}，内存峰值 {memory:.2f} GiB")
         for name in self.manifest["files"]:
             print(f"   {name:<10}{self.manifest['files'][name]}")
 
@@ -652,6 +652,11 @@ def size(count: float) -> str:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} GiB"
+
+
+def lasting(seconds: float) -> str:
+    """So long, in a unit that says something: ``41 秒``."""
+    return f"{seconds:.0f} 秒" if seconds < 60 else f"{seconds / 60:.1f} 分钟"
 
 
 def _remove(path: Path) -> None:

@@ -6,7 +6,6 @@ import html
 import json
 import logging
 import math
-import random
 import re
 import shutil
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from peft.utils.integrations import dequantize_module_weight
 from transformers import (
     AutoTokenizer,
     StoppingCriteria,
@@ -29,7 +29,7 @@ from transformers import (
 
 from huanhuan.course import Course, CourseError, check_adapter, write_json, writing
 from huanhuan.persona import CALLED, FACTS, NAME, QUESTIONS, SYSTEM_PROMPT, WHO
-from huanhuan.prompt import chat_messages, end_id, fit, frame, pad_token, prompt_ids
+from huanhuan.prompt import chat_messages, end_id, fit, frame, normalised, pad_token, prompt_ids
 
 # No dataset text holds more than this many tokens: a reply that reaches it did not end by itself.
 REPLY_LIMIT = 200
@@ -216,12 +216,12 @@ def verdict(scores: dict[str, dict[str, tuple[int, int]]]) -> str:
 
 
 def held_out_questions(trained_on: list[str]) -> dict[str, list[str]]:
-    """The exam's questions that are not in the training data: ``{"identity": […], "daily": […]}``.
+    """The exam's questions that are not in the training data, by kind: those of QUESTIONS and ``facts``.
 
-    `trained_on` are the instructions the model was trained on.
+    `trained_on` are the instructions the model was trained on, compared without their punctuation.
     """
-    seen = {instruction.strip() for instruction in trained_on}
-    return {name: [q for q in QUESTIONS[name] if q not in seen] for name in ("identity", "daily")}
+    seen, asked = set(map(normalised, trained_on)), QUESTIONS | {"facts": fact_questions()}
+    return {name: [q for q in asked[name] if normalised(q) not in seen] for name in asked}
 
 
 def longest_copy(text: str, sources: list[str]) -> str:
@@ -237,7 +237,7 @@ def longest_copy(text: str, sources: list[str]) -> str:
 
 
 def adapter_norms(model) -> pd.DataFrame:
-    """How much the adapter changes every matrix: the norm of (alpha / r) B A.
+    """How much the adapter changes every matrix: the norm of (alpha / r) B A by that of the matrix.
 
     One row a layer, one column a kind of matrix (q_proj …).
     """
@@ -245,8 +245,9 @@ def adapter_norms(model) -> pd.DataFrame:
     for name, module in model.named_modules():
         if hasattr(module, "lora_A") and "default" in module.lora_A:
             layer = int(name.split("layers.")[1].split(".")[0])
-            change = module.get_delta_weight("default").float().norm().item()
-            norms.setdefault(layer, {})[name.rsplit(".", 1)[1]] = change
+            change = module.get_delta_weight("default").float().norm()
+            matrix = dequantize_module_weight(module.get_base_layer()).float().norm()
+            norms.setdefault(layer, {})[name.rsplit(".", 1)[1]] = (change / matrix).item()
     return pd.DataFrame(norms).T.sort_index()
 
 
@@ -258,21 +259,6 @@ def wilson(right: int, asked: int) -> tuple[float, float]:
     middle = (share + z**2 / (2 * asked)) / (1 + z**2 / asked)
     half = z / (1 + z**2 / asked) * math.sqrt(share * (1 - share) / asked + z**2 / (4 * asked**2))
     return max(middle - half, 0.0), min(middle + half, 1.0)
-
-
-def ab_sheet(answers: pd.DataFrame, seed: int = 42) -> tuple[pd.DataFrame, str]:
-    """A blind sheet: base and tuned answers side by side, shuffled, and the key.
-
-    `answers` is what :func:`compare` returns. The key has one letter a row, 甲 or 乙: which side
-    is the tuned model's. Pairs that are equal are left out.
-    """
-    draw, rows, key = random.Random(seed), [], ""
-    for row in answers[answers["base"] != answers["tuned"]].itertuples():
-        tuned_first = draw.random() < 0.5
-        pair = (row.tuned, row.base) if tuned_first else (row.base, row.tuned)
-        rows.append((row.question, *pair))
-        key += "甲" if tuned_first else "乙"
-    return pd.DataFrame(rows, columns=["问题", "甲", "乙"]), key
 
 
 def past_runs(course: Course) -> pd.DataFrame:
@@ -292,12 +278,10 @@ def past_runs(course: Course) -> pd.DataFrame:
 SCORES = {
     "秩 r": ["rank"],
     "学习率": ["rate"],
-    "验证集损失": ["loss_base", "loss_tuned"],
-    "说出自己是谁（没见过的问法）": ["name_base", "name_tuned"],
-    "知道的事（没见过的问法）": ["facts_base", "facts_tuned"],
-    "普通问题，答对": ["general_base_alone", "general_tuned_alone"],
-    "训练过的问题，照抄 8 个字以上": ["copied_known"],
-    "没见过的问题，照抄 8 个字以上": ["copied_unseen"],
+    "验证集损失（低好）": ["loss_base", "loss_tuned"],
+    "说出自己是谁（没见过的问法，多好）": ["name_base", "name_tuned"],
+    "知道的事（没见过的问法，多好）": ["facts_base", "facts_tuned"],
+    "普通问题，答对（多好）": ["general_base_alone", "general_tuned_alone"],
 }
 
 
@@ -339,7 +323,8 @@ class Chat:
     def __init__(self, model, tokenizer, folder: Path, context: int = 1024):
         self.model, self.tokenizer, self.folder, self.context = model, tokenizer, folder, context
         self.turns: list[tuple[str, str]] = []
-        self._hers: list[bool] = []  # of every turn: the tuned model's, and whole
+        self.sides: list[bool] = []  # of every turn: the tuned model's
+        self._hers: list[bool] = []  # and whole
         self.tuned = True
         self._stop = threading.Event()
 
@@ -395,6 +380,7 @@ class Chat:
         if failure:
             raise failure[0]
         self.turns.append((question, reply.strip()))
+        self.sides.append(self.tuned)
         self._hers.append(any(ended) and bool(reply.strip()))
 
     def stop(self) -> None:
@@ -403,7 +389,7 @@ class Chat:
 
     def new(self) -> None:
         """Forget the conversation."""
-        self.turns, self._hers = [], []
+        self.turns, self.sides, self._hers = [], [], []
 
     def save(self) -> Path:
         """Write the conversation as a dataset of one dialogue (messages); returns the file.

@@ -1,18 +1,11 @@
 """Room 02: split a dataset."""
 
 import random
-import re
-import unicodedata
 
 import pandas as pd
 
 from huanhuan.persona import NAME
-
-
-def normalised(instruction: str) -> str:
-    """`instruction` as it is compared: without punctuation, spaces, and differences of width and case."""
-    folded = unicodedata.normalize("NFKC", instruction).casefold()
-    return re.sub(r"[\W_]+", "", folded) or instruction.strip()
+from huanhuan.prompt import normalised
 
 
 def asks_identity(rows: pd.DataFrame) -> pd.Series:

@@ -6,6 +6,7 @@ what fills a batch are read from the model's own tokenizer and chat template.
 
 import json
 import re
+import unicodedata
 from collections.abc import Sequence
 from datetime import datetime
 from functools import lru_cache
@@ -187,6 +188,12 @@ def prompt_ids(
 def question_of(row) -> str:
     """What is said in a dataset's row: its `instruction` and, on the next line, its `input`."""
     return "\n".join(text for text in (row["instruction"], row["input"]) if text.strip())
+
+
+def normalised(instruction: str) -> str:
+    """`instruction` as it is compared: without punctuation, spaces, and differences of width and case."""
+    folded = unicodedata.normalize("NFKC", instruction).casefold()
+    return re.sub(r"[\W_]+", "", folded) or instruction.strip()
 
 
 def shorten(tokenizer, question: str, max_tokens: int) -> str:

@@ -84,9 +84,9 @@ def check_machine(course: Course) -> pd.DataFrame:
     version = ".".join(map(str, sys.version_info[:3]))
     add(
         "Python",
-        "通过" if sys.version_info >= (3, 10) else "不行",
+        "不行" if sys.version_info < (3, 10) else "通过" if sys.version_info < (3, 14) else "提醒",
         version,
-        "请换用 Python 3.10 或更新的版本",
+        "课程在 Python 3.10–3.13 上试过，请换成其中一个",
     )
     for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines():
         if not line or line.startswith("#"):

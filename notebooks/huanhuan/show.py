@@ -1,9 +1,12 @@
 """The ground floor's window: figures, token view, tables, the upload button."""
 
+import contextlib
 import difflib
 import html
 import io
 import logging
+import os
+import random
 import tempfile
 import threading
 import warnings
@@ -95,13 +98,52 @@ def loss_curve(history: list[dict], before: float | None = None) -> Figure:
         axes.plot(*zip(*train, strict=True), color=BLUE, label="训练集 train")
         if held:
             axes.plot(*zip(*held, strict=True), color=ORANGE, marker="o", label="验证集 eval")
-        axes.set(xlabel="步 step", ylabel="损失 loss", ylim=(0, None))
+            for place in held:  # the turn may be too small to be seen
+                axes.annotate(
+                    f"{place[1]:.3f}", place, (0, 7), textcoords="offset points", ha="center"
+                )
+        axes.set(xlabel="步 step", ylabel="损失 loss")
+        axes.margins(y=0.15)
         axes.legend(frameon=False)
     return Figure(
         figure,
         f"损失曲线：训练集最后 {train[-1][1]:.2f}"
         + (f"，验证集最后 {held[-1][1]:.2f}" if held else ""),
     )
+
+
+def best_epoch(history: list[dict]) -> str:
+    """In which epoch the held-out loss was lowest, and what that says, in a sentence.
+
+    `history` is ``trainer.state.log_history``.
+    """
+    held = [*{e["step"]: e["eval_loss"] for e in history if "eval_loss" in e}.values()]
+    if len(held) < 2:
+        return "验证集只考过一次，看不出是不是过拟合。"
+    best = held.index(min(held))
+    if best == len(held) - 1:
+        return f"验证集最后一轮（第 {len(held)} 轮）最低，{held[-1]:.3f}：还看不到过拟合。"
+    return (
+        f"验证集第 {best + 1} 轮最低，{held[best]:.3f}；最后一轮又回升了 {held[-1] - held[best]:.3f}：过拟合开始了。"
+        f"存下来的是最后一轮的，下次可以改成 Course.start(epochs={best + 1})。"
+    )
+
+
+def chances(tokenizer, said, before: list[float], after: list[float] | None = None) -> Figure:
+    """Bars of the chance that each token `said` (ids) has, first, and after a few steps."""
+    words = [tokenizer.decode([i]) for i in said]
+    with matplotlib.rc_context(STYLE | {"figure.figsize": (7.5, 2.6)}):
+        figure, axes = _axes()
+        places = range(len(words))
+        if after is not None:
+            axes.bar(places, after, color=ORANGE, label="走了几步以后")
+        axes.bar(places, before, color=BLUE, width=0.5 if after else 0.8, label="一开始")
+        axes.set(xticks=places, ylim=(0, 1.05), ylabel="概率")
+        axes.set_xticklabels(words, rotation=0 if len(words) < 25 else 60)
+        if after is not None:
+            axes.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
+    shown = "，".join(f"{word} {chance:.0%}" for word, chance in zip(words, before, strict=True))
+    return Figure(figure, f"她说的每个词元的概率：{shown}")
 
 
 def attention_mask(batch: dict) -> Figure:
@@ -142,7 +184,10 @@ def memory(needs: dict, free: float, peak: float | None = None) -> Figure:
             axes.axvline(peak, color="black", linestyle="--", label=f"实际峰值 {peak:.2f}")
         axes.set(xlabel=f"GiB（这台机器现在可用 {free:.1f} GiB）", xlim=(0, limit))
         axes.invert_yaxis()
-        axes.legend(frameon=False, ncols=5, loc="lower left", bbox_to_anchor=(0, 1), fontsize=9)
+        handles, _ = axes.get_legend_handles_labels()  # lines come first, whenever they were drawn
+        handles = handles if peak is None else [*handles[1:], handles[0]]
+        place = {"loc": "lower left", "bbox_to_anchor": (0, 1)}
+        axes.legend(handles=handles, frameon=False, ncols=5, fontsize=9, **place)
     said = "，".join(f"{name} 需要 {total:.2f}" for name, total in zip(names, left, strict=True))
     return Figure(figure, f"显存或内存估计，GiB：{said}；可用 {free:.1f}")
 
@@ -177,7 +222,8 @@ def _token_frames(tokenizer, ids: list[int], styles: list[str], titles: list[str
     for (piece, joined), token, style, title in zip(
         _pieces(tokenizer, ids), ids, styles, titles, strict=True
     ):
-        shown = html.escape(piece).replace("\n", "↵")
+        shown = piece.replace(" ", "␣") if piece.isspace() else piece
+        shown = html.escape(shown).replace("\n", "↵")
         gap = "margin:2px 0 2px -1px;" if joined else "margin:2px 0 2px 3px;"
         number = f'<span style="font-size:9px;opacity:.7">{token}</span>'
         frames.append(
@@ -201,9 +247,9 @@ def labelled_tokens(tokenizer, row: dict[str, list[int]]) -> HTML:
     taught = sum(label != -100 for label in labels)
     caption = (
         f"黄底：带标签、参与计算损失的 {taught} 个词元；没有底色：只给模型看的 {len(ids) - taught} 个。"
-        "字下面的小数字是编号；“·”与前面的词元合起来才是一个字。"
+        "字下面的小数字是编号；“·”与前面的词元合起来才是一个字，“␣”是空格，“↵”是换行。"
     )
-    return HTML(_token_frames(tokenizer, ids, styles, titles) + f"<p>{caption}</p>")
+    return HTML(f"<p>{caption}</p>" + _token_frames(tokenizer, ids, styles, titles))
 
 
 def compare_tokens(tokenizer, **sides: list[int]) -> HTML:
@@ -227,12 +273,21 @@ def compare_tokens(tokenizer, **sides: list[int]) -> HTML:
     return HTML("".join(parts) + f"<p>{verdict}</p>")
 
 
+_WORDS = {  # of verdicts that are not to be overlooked
+    "提醒": f"background:{AMBER};color:black;",
+    "不行": f"background:{ORANGE};color:white;font-weight:bold;",
+    "不能用": f"background:{ORANGE};color:white;font-weight:bold;",
+}
+
+
 def table(frame: pd.DataFrame) -> HTML:
-    """A table of texts: wrapped, left- and top-aligned, without the index."""
+    """A table of texts: wrapped, left- and top-aligned, without the index; warnings in colour."""
     style = "text-align:left;vertical-align:top;padding:4px 10px;white-space:pre-wrap;"
     head = "".join(f'<th style="{style}">{html.escape(str(name))}</th>' for name in frame.columns)
     cells = (
-        "".join(f'<td style="{style}">{html.escape(str(v))}</td>' for v in row)
+        "".join(
+            f'<td style="{style}{_WORDS.get(str(v), "")}">{html.escape(str(v))}</td>' for v in row
+        )
         for row in frame.to_numpy()
     )
     body = "".join(f"<tr>{row}</tr>" for row in cells)
@@ -251,13 +306,23 @@ def file_picker(course: Course, check: Callable[[Path], pd.DataFrame]):
     try:
         import ipywidgets
     except ImportError:
-        print("没有 ipywidgets，显示不了上传按钮：用左侧文件栏上传，再在下一格里写上文件的路径。")
+        print(
+            "没有 ipywidgets，显示不了上传按钮：用左侧文件栏上传，再在“读入数据集”那一格里写上文件的路径。"
+        )
         return None
 
     button = ipywidgets.FileUpload(
-        description="选择数据集", accept=".json,.jsonl,.csv", multiple=False
+        description="选择数据集", accept=".json,.jsonl,.csv,.tsv,.txt", multiple=False
     )
-    said = ipywidgets.HTML("还没有上传文件：不上传也可以，下一格会用课程自带的样例。")
+    button.tooltip = "上传你自己的数据集；不上传，就用课程自带的样例"
+
+    def in_force() -> str:
+        uploads = [path for path in (course.run_dir / "uploads").glob("[!.]*") if path.is_file()]
+        uploads.sort(key=lambda path: path.stat().st_mtime)
+        named = os.environ.get("HUANHUAN_DATA")
+        return Path(named).name if named else uploads[-1].name if uploads else "课程自带的样例"
+
+    said = ipywidgets.HTML(f"不上传也可以，“读入数据集”那一格会用：{html.escape(in_force())}。")
 
     def receive(change) -> None:
         value = change["new"]
@@ -274,7 +339,11 @@ def file_picker(course: Course, check: Callable[[Path], pd.DataFrame]):
             try:
                 rows = check(copy)
             except CourseError as error:
-                said.value = f"<pre>⛔ {html.escape(str(error))}</pre>"
+                said.value = (
+                    f"<pre>⛔ {html.escape(str(error))}</pre>"
+                    f"没有收下这个文件，用的仍然是：{html.escape(in_force())}。"
+                )
+                button.value = type(button.value)()  # the button counts it no more
                 return
         target = course.run_dir / "uploads" / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -282,7 +351,8 @@ def file_picker(course: Course, check: Callable[[Path], pd.DataFrame]):
         target.write_bytes(content)
         notes = "".join(f"<br>· {html.escape(note)}" for note in rows.attrs["report"])
         said.value = (
-            f"✅ 收到 {html.escape(name)}，共 {len(rows)} 条对话。{notes}<br>请接着运行下一格。"
+            f"✅ 收到 {html.escape(name)}，共 {len(rows)} 条对话。{notes}<br>"
+            "选中这一格，点菜单 Run → Run Selected Cell and All Below，后面的就都用它。"
         )
 
     button.observe(receive, names="value")
@@ -290,6 +360,8 @@ def file_picker(course: Course, check: Callable[[Path], pd.DataFrame]):
 
 
 _BUBBLE = "margin:4px 0;padding:6px 10px;border-radius:8px;white-space:pre-wrap;color:black;"
+# A column from below: the box stays scrolled to the newest line.
+_LOG = "max-height:380px;overflow-y:auto;display:flex;flex-direction:column-reverse;"
 
 
 def chat(session, name: str, sampling: dict):
@@ -309,8 +381,9 @@ def chat(session, name: str, sampling: dict):
         return kind(value=sampling[key], min=low, max=high, step=step, description=label)
 
     log = ipywidgets.HTML()
-    said = ipywidgets.HTML("在下面输入一句话，点“发送”。")
-    text = ipywidgets.Textarea(placeholder="对她说点什么")
+    said = ipywidgets.HTML("在上面输入一句话，按回车。")
+    wide = ipywidgets.Layout(width="100%")
+    text = ipywidgets.Textarea(placeholder="对她说点什么，按回车发送", rows=2, layout=wide)
     who = ipywidgets.ToggleButtons(options=[(f"微调后（{name}）", True), ("微调前", False)])
     send, stop, new, save = (
         ipywidgets.Button(description=label) for label in ("发送", "停下", "新的对话", "保存对话")
@@ -323,13 +396,19 @@ def chat(session, name: str, sampling: dict):
         "max_new_tokens": slider("最多词元", "max_new_tokens", 8, 512, 8),
     }
 
+    def bubble(speaker: str, words: str, colour: str) -> str:
+        words = html.escape(words) or "……"
+        return f'<div style="{_BUBBLE}background:{colour}"><b>{html.escape(speaker)}</b>　{words}</div>'
+
     def draw(question: str | None = None, reply: str = "") -> None:
         turns = session.turns + ([(question, reply)] if question else [])
-        log.value = "".join(
-            f'<div style="{_BUBBLE}background:#e8e8e8">{html.escape(asked)}</div>'
-            f'<div style="{_BUBBLE}background:#fbe3b5">{html.escape(answer) or "……"}</div>'
-            for asked, answer in turns
-        )
+        tuned = dict(enumerate(session.sides))
+        bubbles = ""
+        for place, (asked, answer) in enumerate(turns):
+            hers = tuned.get(place, session.tuned)  # the turn that is growing has no side yet
+            bubbles += bubble("你", asked, "#e8e8e8")
+            bubbles += bubble(name if hers else "微调前", answer, "#fbe3b5" if hers else "#dbe7f0")
+        log.value = f'<div style="{_LOG}"><div>{bubbles}</div></div>' if turns else ""
 
     def busy(yes: bool) -> None:
         stop.disabled = not yes
@@ -342,7 +421,8 @@ def chat(session, name: str, sampling: dict):
             for reply in session.say(question, **settings):
                 draw(question, reply)
             draw()
-            said.value = ""
+            cut = bool(session.turns) and session.turns[-1][0] != question
+            said.value = "这句话太长，放不下：中间删去了一段，只给她看了前后两头。" if cut else ""
         except Exception as error:  # in a thread nobody else would see it
             said.value = f"⛔ {html.escape(str(error))}"
         finally:
@@ -351,7 +431,7 @@ def chat(session, name: str, sampling: dict):
     def on_send(_) -> None:
         question = text.value.strip()
         if not question:
-            said.value = "还没有输入。"
+            text.value, said.value = "", "还没有输入。"
             return
         session.tuned, text.value, said.value = who.value, "", "正在想……"
         busy(True)
@@ -365,16 +445,65 @@ def chat(session, name: str, sampling: dict):
 
     def on_save(_) -> None:
         try:
-            said.value = f"存到了 {html.escape(str(session.save()))}，格式与数据集相同。"
+            words = io.StringIO()  # what a button's callback prints is shown nowhere
+            with contextlib.redirect_stdout(words):
+                path = session.save()
+            said.value = html.escape(f"存到了 {path}，格式与数据集相同。{words.getvalue().strip()}")
         except CourseError as error:
             said.value = f"⛔ {html.escape(str(error))}"
 
+    def on_enter(change) -> None:  # an input method's own Enter writes no line end
+        if change["new"].endswith("\n") and not send.disabled:
+            on_send(None)
+
     send.on_click(on_send)
+    text.observe(on_enter, names="value")
     stop.on_click(lambda _: session.stop())
     new.on_click(on_new)
     save.on_click(on_save)
     buttons = ipywidgets.HBox([send, stop, new, save])
     return ipywidgets.VBox([who, log, text, buttons, said, ipywidgets.VBox(list(knobs.values()))])
+
+
+def blind(rows: pd.DataFrame, share: Callable[[int, int], str]):
+    """A game: of two answers to each question, which is the tuned model's? Two buttons, no key to see.
+
+    `rows` has the columns ``question``, ``base`` and ``tuned``; pairs that are equal are left out. The
+    order is drawn anew every time. `share` writes k of n. Without ipywidgets: None, and a sentence.
+    """
+    try:
+        import ipywidgets
+    except ImportError:
+        print("没有 ipywidgets，显示不了按钮：请先运行 pip install ipywidgets，再重启内核。")
+        return None
+    left = list(rows[rows["base"] != rows["tuned"]].itertuples())
+    chosen: list[bool] = []
+    card, said = ipywidgets.HTML(), ipywidgets.HTML()
+    buttons = [ipywidgets.Button(description=f"{name}更像她") for name in "甲乙"]
+    tuned_first = False
+
+    def deal() -> None:
+        nonlocal tuned_first
+        tuned_first = random.random() < 0.5
+        row = left[len(chosen)]
+        answers = (row.tuned, row.base) if tuned_first else (row.base, row.tuned)
+        told = [f"<b>{html.escape(row.question)}</b>"]
+        told += [f"{name}：{html.escape(text)}" for name, text in zip("甲乙", answers, strict=True)]
+        card.value = f"{len(chosen) + 1} / {len(left)}<br>" + "<br>".join(told)
+
+    def pick(button) -> None:
+        chosen.append((button is buttons[0]) == tuned_first)
+        if len(chosen) < len(left):
+            return deal()
+        for one in buttons:
+            one.disabled = True
+        said.value = f"选了微调后的：{share(sum(chosen), len(chosen))}。区间里有 50%，就还说不准。"
+
+    for button in buttons:
+        button.on_click(pick)
+    if left:
+        deal()
+    return ipywidgets.VBox([card, ipywidgets.HBox(buttons), said])
 
 
 def layer_norms(norms: pd.DataFrame) -> Figure:
@@ -385,5 +514,5 @@ def layer_norms(norms: pd.DataFrame) -> Figure:
         axes.set_xticks(range(norms.shape[1]), norms.columns)
         axes.set_yticks(range(len(norms)), norms.index)
         axes.set(ylabel="层 layer")
-        figure.colorbar(image, ax=axes, label="变化的大小（范数）")
+        figure.colorbar(image, ax=axes, label="变化 ÷ 原来（范数）")
     return Figure(figure, "适配器让每一层的每个矩阵变了多少，颜色越深变得越多")

@@ -41,6 +41,7 @@ from huanhuan.course import (
     Course,
     Profile,
     check_adapter,
+    lasting,
     peak_memory_gib,
     write_json,
     writing,
@@ -439,7 +440,7 @@ def estimate_memory(
         "适配器与优化器": adapter * 16 / GIB,  # value, gradient and Adam's two, all float32
         "中间结果": (kept + layer) / GIB,
         # scores, in float32 too where they are not yet; their log-softmax; the gradients of both
-        "词表分数": scored.numel() * text.vocab_size * (12 if dtype.itemsize == 4 else 16) / GIB,
+        "预测分数": scored.numel() * text.vocab_size * (12 if dtype.itemsize == 4 else 16) / GIB,
     }
 
 
@@ -559,7 +560,7 @@ def choose_split(
     """
     unfinished = _unfinished(course.run_dir / "checkpoints", recipe)
     if unfinished:
-        print("上次的训练还没有完，接着用它的分法。")
+        print("上次的训练还没有完，接着用它的批次划分。")
         return Split(**unfinished["split"])
     if SHARDED:  # a model that is to be cut into parts runs nowhere whole
         return candidates[0]
@@ -608,11 +609,11 @@ def half_hour(split: Split, rows: int, epochs: int) -> str:
 def trial_steps(seconds: float, steps: int, trainings: int) -> int:
     """Steps that each of so many trial trainings may take: in all a tenth of the training's time.
 
-    The training took so many `seconds` and `steps`. 12 seconds are always granted; never more than
+    The training took so many `seconds` and `steps`. 30 seconds are always granted; never more than
     25 steps each. Where ten steps do not fit, too few to show anything, 0, and a sentence.
     """
     each = (
-        max(seconds / 10, 12) / trainings / (seconds / max(steps, 1)) - 4
+        max(seconds / 10, 30) / trainings / (seconds / max(steps, 1)) - 4
     )  # 4: what measuring takes
     if each >= 10:
         return min(int(each), 25)
@@ -638,10 +639,8 @@ class Progress(transformers.TrainerCallback):
         if state.is_world_process_zero and (
             done == 1 or last or state.global_step % 10 == 0 or now - self.said >= 8
         ):
-            left = (now - self.began) / done * (state.max_steps - state.global_step) / 60
-            print(
-                f"… 第 {state.global_step} / {state.max_steps} 步{self.loss}，还要 {left:.1f} 分钟"
-            )
+            left = lasting((now - self.began) / done * (state.max_steps - state.global_step))
+            print(f"… 第 {state.global_step} / {state.max_steps} 步{self.loss}，还要 {left}")
             self.said = now
 
 
@@ -723,9 +722,11 @@ class CourseTrainer(transformers.Trainer):
                         if name in self._fresh:
                             p.copy_(self._fresh[name])
             try:
+                if torch.cuda.is_available():
+                    torch.cuda.reset_peak_memory_stats()  # the splits that were tried are no part of it
                 with writing(folder):
                     result = super().train(resume_from_checkpoint=resume_from_checkpoint, **others)
-                if self.stop.asked:
+                if self.stop.asked and self.state.global_step < self.state.max_steps:
                     raise CourseError(
                         f"停在第 {self.state.global_step} 步，已存好；再运行这一格就接着训练。"
                     )
@@ -747,6 +748,23 @@ class CourseTrainer(transformers.Trainer):
             # Not within `except`: the error's traceback holds on to the batch that was too big.
             print(f"第 {self.state.global_step + 1} 步内存不够，改成 {smaller}，从这一步接着训练。")
             resume_from_checkpoint = self._go_on_with(smaller)
+
+    def evaluation_loop(self, *args, **others):
+        """The Trainer's, but the loss is the mean over all labels: its own is one over batches."""
+        self._told = [0.0, 0]  # the sum of the losses of all labels, and how many
+        output = super().evaluation_loop(*args, **others)
+        told = torch.tensor(self._told, device=self.args.device)
+        total, count = self.accelerator.reduce(told, reduction="sum").tolist()
+        output.metrics[f"{others.get('metric_key_prefix', 'eval')}_loss"] = total / count
+        return output
+
+    def prediction_step(self, model, inputs, *args, **others):
+        labels = inputs["shift_labels"] if "shift_labels" in inputs else inputs["labels"][:, 1:]
+        count = int((labels != -100).sum())
+        result = super().prediction_step(model, inputs, *args, **others)
+        self._told[0] += result[0].item() * count
+        self._told[1] += count
+        return result
 
     def training_step(self, *args, **others):
         loss = super().training_step(*args, **others)

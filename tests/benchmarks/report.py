@@ -65,7 +65,7 @@ def tables() -> str:
     """Markdown for the README."""
     step, growth, asking = results("step"), results("growth"), results("asking")
     lines = [
-        "| 一步 16 条对话 | 最好的分法 | 秒（中位数） | 速度（教程是 1） |",
+        "| 一步 16 条对话 | 最好的批次划分 | 秒（中位数） | 速度（教程是 1） |",
         "|---|---|---|---|",
     ]
     for label, split, one in best_of_each(step["recipes"]):
