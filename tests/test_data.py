@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from huanhuan.course import PROFILES
 from huanhuan.infer import ask_all, fact_questions, says
 from huanhuan.persona import read_persona, read_questions
-from huanhuan.preprocess import normalised
+from huanhuan.prompt import normalised
 from huanhuan.reader import load_rows
 
 DATA = ROOT / "data"

@@ -1,4 +1,5 @@
 import copy
+import html
 import itertools
 import json
 import os
@@ -256,14 +257,20 @@ def test_interval():
     assert infer.wilson(0, 0) == (0.0, 1.0)
 
 
-def test_the_blind_sheet_can_be_scored_and_says_nothing(finished_run):
-    answers = pd.DataFrame(json.loads(finished_run.path("answers").read_text(encoding="utf-8")))
-    sheet, key = infer.ab_sheet(answers)
-    assert len(sheet) == len(key) and set(key) == {"甲", "乙"}
+def test_the_blind_game_hides_its_key_and_counts(finished_run):
+    answers = pd.DataFrame(json.loads(finished_run.path("answers").read_text("utf-8"))).head(6)
+    answers = pd.concat([answers, answers.head(1).assign(tuned="同", base="同")])  # left out
     tuned = dict(zip(answers["question"], answers["tuned"], strict=True))
-    for (_, row), side in zip(sheet.iterrows(), key, strict=True):
-        assert row[side] == tuned[row["问题"]]
-    assert infer.ab_sheet(answers)[1] == key != infer.ab_sheet(answers, seed=1)[1]
+    game = show.blind(answers, infer.share)
+    card, buttons, said = game.children
+    for _ in range((answers["base"] != answers["tuned"]).sum()):
+        assert "微调" not in card.value and not said.value
+        question, first, _ = card.value.split("<br>")[1:]
+        question = re.sub("<.*?>", "", question)
+        mine = html.unescape(first) == f"甲：{tuned[html.unescape(question)]}"
+        buttons.children[0 if mine else 1].click()
+    kinds = (answers["base"] != answers["tuned"]).sum()
+    assert f"{kinds} / {kinds}" in said.value and buttons.children[0].disabled
 
 
 def test_scores_beside_the_adapter_and_runs_in_one_table(finished_run):

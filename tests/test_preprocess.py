@@ -1,7 +1,8 @@
 import pandas as pd
 import pytest
 
-from huanhuan.preprocess import asks_identity, normalised, opening, split_by_instruction
+from huanhuan.preprocess import asks_identity, opening, split_by_instruction
+from huanhuan.prompt import normalised
 
 
 def frame(instructions):
