@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-os.environ["HUANHUAN_PERSONA"] = str(ROOT / "data" / "persona_english.json")
+os.environ.setdefault("HUANHUAN_PERSONA", str(ROOT / "data" / "persona_english.json"))
 sys.path.insert(0, str(ROOT / "notebooks"))
 
 import torch  # noqa: E402
@@ -36,24 +36,21 @@ from huanhuan import infer, train  # noqa: E402
 from huanhuan.course import machine, versions  # noqa: E402
 from huanhuan.persona import QUESTIONS, SAMPLE  # noqa: E402
 from huanhuan.preprocess import split_by_instruction  # noqa: E402
-from huanhuan.prompt import end_generation, end_id, prompt_ids, text_ids  # noqa: E402
+from huanhuan.prompt import end_generation, end_id, prompt_ids, question_of, text_ids  # noqa: E402
 from huanhuan.reader import load_rows  # noqa: E402
 
 RECIPES = [(1e-4, 4), (5e-4, 4), (5e-4, 8), (1e-3, 4)]  # (rate, epochs)
 
 
-def tokenized(tokenizer) -> tuple[Dataset, Dataset]:
-    """(train, eval) as notebook 02 makes them."""
+def tokenized(tokenizer, texts) -> Dataset:
+    """`texts` (what load_rows returns) as notebook 02 makes them."""
 
     def row(example):
-        prompt = prompt_ids(tokenizer, example["instruction"])
+        prompt = prompt_ids(tokenizer, question_of(example), example["history"])
         answer = text_ids(tokenizer, example["output"]) + [end_id(tokenizer)]
         return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
 
-    parts = split_by_instruction(load_rows(SAMPLE), eval_fraction=0.1, seed=42)
-    return tuple(
-        Dataset.from_list([row(example) for example in part.to_dict("records")]) for part in parts
-    )
+    return Dataset.from_list([row(example) for example in texts.to_dict("records")])
 
 
 def measure(model, tokenizer) -> dict:
@@ -67,42 +64,47 @@ def measure(model, tokenizer) -> dict:
     }
 
 
+def trained(folder, tokenizer, parts, rate: float, epochs: int, rank: int = 8, micro: int = 8):
+    """The model in `folder` after a training as notebook 03's; and steps, seconds, held-out loss.
+
+    `parts` are (train, eval); no epochs: as it was.
+    """
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    end_generation(base, tokenizer)
+    set_seed(42)
+    lora = LoraConfig(
+        task_type="CAUSAL_LM", r=rank, lora_alpha=4 * rank, lora_dropout=0.1,
+        target_modules=train.lora_targets(base, train.SEVEN),
+    )  # fmt: skip
+    model = get_peft_model(base, lora)
+    args = TrainingArguments(
+        "unused", num_train_epochs=max(epochs, 1), learning_rate=rate, save_strategy="no",
+        per_device_train_batch_size=micro, gradient_accumulation_steps=16 // micro, use_cpu=True,
+        report_to="none", disable_tqdm=True, logging_steps=10, seed=42,
+    )  # fmt: skip
+    trainer = train.CourseTrainer(
+        model=model, args=args, train_dataset=parts[0], eval_dataset=parts[1],
+        data_collator=train.choose_collator(model, tokenizer, parts[0]),
+    )  # fmt: skip
+    began = time.time()
+    if epochs:
+        trainer.train()
+    took = {"steps": trainer.state.global_step, "seconds": round(time.time() - began)}
+    return model.eval(), took | {"loss": trainer.evaluate()["eval_loss"]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    train_rows, eval_rows = tokenized(tokenizer)
+    parts = split_by_instruction(load_rows(SAMPLE), eval_fraction=0.1, seed=42)
+    parts = [tokenized(tokenizer, part) for part in parts]
     records = []
     for rate, epochs in [(0.0, 0), *RECIPES]:
-        base = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-        end_generation(base, tokenizer)
-        set_seed(42)
-        targets = train.lora_targets(base, train.SEVEN)
-        model = get_peft_model(
-            base,
-            LoraConfig(
-                task_type="CAUSAL_LM", r=8, lora_alpha=32, lora_dropout=0.1, target_modules=targets
-            ),
-        )
-        args = TrainingArguments(
-            "unused", num_train_epochs=max(epochs, 1), learning_rate=rate, save_strategy="no",
-            per_device_train_batch_size=8, gradient_accumulation_steps=2, use_cpu=True,
-            report_to="none", disable_tqdm=True, logging_steps=10, seed=42,
-        )  # fmt: skip
-        trainer = train.CourseTrainer(
-            model=model, args=args, train_dataset=train_rows, eval_dataset=eval_rows,
-            data_collator=train.choose_collator(model, tokenizer, train_rows),
-        )  # fmt: skip
-        began = time.time()
-        if epochs:
-            trainer.train()
-        record = {
-            "rate": rate, "epochs": epochs, "steps": trainer.state.global_step,
-            "seconds": round(time.time() - began), "loss": trainer.evaluate()["eval_loss"],
-        }  # fmt: skip
-        records.append(record | measure(model.eval(), tokenizer))
+        model, took = trained(options.model, tokenizer, parts, rate, epochs)
+        records.append({"rate": rate, "epochs": epochs} | took | measure(model, tokenizer))
         print(records[-1], flush=True)
     print(rates_table(records))
     if options.out:
