@@ -174,7 +174,7 @@ def number(answer, right: float, within=0.0, part="答案", other="otherwise", *
 
     if not near(right):
         names = [name for name, others in wrong.items() if near(others)]
-        raise Hint(*names or [other], value=f"{value:g}", first=f"{part} {value:g} 不对：")
+        raise Hint(*names or [other], value=f"{value:g}", first=f"{part} {value:.8g} 不对。")
 
 
 def listed(made, part: str) -> list:
@@ -249,9 +249,9 @@ def exercise_1_4(answer, df):
     named, asked = (df[c].str.contains(NAME, regex=False) for c in ("output", "instruction"))
     one = df["output"].str.contains(NAME[-1], regex=False).mean()
     wrong = {"asked": asked.mean(), "one_character": one, "count": named.sum()}
-    number(share, named.mean(), 0.005, "比例", **wrong, percent=100 * named.mean())
+    number(share, named.mean(), 0.005, "提到名字的比例", **wrong, percent=100 * named.mean())
     right = df["instruction"].nunique()
-    number(kinds, right, part="种数", rows=len(df), answers=df["output"].nunique())
+    number(kinds, right, part="问题种数", rows=len(df), answers=df["output"].nunique())
     return {"kinds": right, "rows": len(df)}
 
 
@@ -268,9 +268,9 @@ def exercise_2_1(answer, normalised):
     for one in train + held:
         fine = type(one) is int and 0 <= one < len(TWELVE)
         insist(fine, "not_numbers", last=len(TWELVE) - 1, given=reprlib.repr(one))
-    lost, twice = len(TWELVE) - len({*train, *held}), sorted({*train} & {*held})
+    lost, twice = len(TWELVE) - len({*train, *held}), {*train} & {*held}
     insist(not lost, "lost", count=lost)
-    insist(not twice, "twice", row=twice[:1])
+    insist(not twice, "twice", row=min(twice, default=""))
     insist(train and held, "one_side")
     for name, key in (("leak", str), ("punctuation", normalised)):
         leaked = {key(TWELVE[i]) for i in train} & {key(TWELVE[i]) for i in held}
@@ -377,7 +377,7 @@ def exercise_3_5(answer, log_history):
     insist(held and seen, "no_curve")
     right, last = min(held, key=held.get), max(held)
     wrong = {"last": last, "train": min(seen, key=seen.get), "value": held[right]}
-    number(best, right, part="第几轮", **wrong)
+    number(best, right, part="最好的一轮", **wrong)
     told = {"best": right, "low": f"{held[right]:.3f}", "end": f"{held[last]:.3f}"}
     insist(overfit is (right != last), "rises" if right != last else "falls", **told)
     return told
