@@ -1,4 +1,5 @@
 # make course：装好环境，跑完五本笔记本    make course-real：同样五本，真正的小模型    make lab：打开 JupyterLab    make doctor：看看缺什么    make test：运行全部测试
+# make student：写一份没有参考答案的笔记本，发给学生
 # make train NPROC=2：跑过 01、02 之后，用几个进程（几块 GPU）一起训练
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +8,7 @@ OLDEST := .venv-oldest
 
 NPROC ?= 1
 
-.PHONY: course course-real doctor lab train test test-oldest test-gpu bench
+.PHONY: course course-real doctor lab student train test test-oldest test-gpu bench
 
 course: $(VENV)/installed
 	cd notebooks && ../$(BIN)/python -m huanhuan
@@ -30,6 +31,9 @@ lab: $(VENV)/installed
 	echo '{"@jupyterlab/docmanager-extension:plugin": {"defaultViewers": {"markdown": "Markdown Preview"}},' \
 		'"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}}' > $(LAB_SETTINGS)/huanhuan.json
 	$(BIN)/jupyter lab --notebook-dir=. notebooks/01_setup.ipynb
+
+student: $(VENV)/installed
+	cd notebooks && ../$(BIN)/python -m huanhuan.exercises
 
 train: $(VENV)/installed
 	cd notebooks && ../$(BIN)/torchrun --nproc_per_node $(NPROC) \
