@@ -164,7 +164,8 @@ def offline(page: str) -> str:
 
 def report(course: Course, answers: list[dict]) -> str:
     """The report card, as Markdown text."""
-    from huanhuan.infer import FOUR, plain, share  # not above: the runner itself needs no torch
+    from huanhuan.exercises import done  # not above: the runner itself needs no torch
+    from huanhuan.infer import FOUR, plain, share
 
     results = course.record("adapter")["results"] | course.record("answers")["results"]
     lines = ["", f"# 成绩单（{course.profile.name}，{machine()}）", ""]
@@ -194,6 +195,9 @@ def report(course: Course, answers: list[dict]) -> str:
         f"| {name} | {book['minutes']:.1f} | {book['peak_memory_gib']:.2f} |"
         for name, book in sorted(books.items())
     ]
+    solved = {name: kn for name, kn in done(course.run_dir).items() if kn[0]}
+    if solved:
+        lines += ["", "练习：" + "，".join(f"{name} {k} / {n}" for name, (k, n) in solved.items())]
     return "\n".join(lines) + "\n"
 
 
