@@ -167,7 +167,8 @@ def lab(folder: Path, beside: Path, **environment: str) -> Iterator[Lab]:
     for file, text in NO_TEST_TOOLS.items():
         (beside / file).parent.mkdir(parents=True, exist_ok=True)
         (beside / file).write_text(text, encoding="utf-8")
-    own = {f"JUPYTER_{kind}_DIR": str(beside / kind) for kind in ("CONFIG", "DATA", "RUNTIME")}
+    own = {name: value for name, value in os.environ.items() if not name.startswith("HUANHUAN_")}
+    own |= {f"JUPYTER_{kind}_DIR": str(beside / kind) for kind in ("CONFIG", "DATA", "RUNTIME")}
     own |= {"IPYTHONDIR": str(beside / "IPYTHON"), "JUPYTER_TOKEN": token}
     own |= {"PS1": "$ "} | environment  # a prompt that names no machine and no user
     settings = "--ServerApp.terminado_settings={'shell_command': ['bash', '--norc', '--noprofile']}"
@@ -175,7 +176,7 @@ def lab(folder: Path, beside: Path, **environment: str) -> Iterator[Lab]:
         [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}",
          "--ServerApp.port_retries=0", "--notebook-dir=.", "--expose-app-in-browser", settings,
          f"--LabApp.app_settings_dir={ROOT / '.jupyter'}"],
-        cwd=folder, env=os.environ | own, stdout=(beside / "lab.log").open("a"), stderr=subprocess.STDOUT,
+        cwd=folder, env=own, stdout=(beside / "lab.log").open("a"), stderr=subprocess.STDOUT,
     )  # fmt: skip
     try:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
