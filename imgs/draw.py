@@ -1,8 +1,8 @@
 """Draw the course's pictures: ``python imgs/draw.py [run directory] [run directory]``.
 
-Without an argument the sketches of the platform's pages, one a UI step of the course; with the
-directories of a finished ``make course`` and ``make course-real`` also their four answers for the
-README, ``four_answers_tiny.svg`` and ``four_answers_smollm2.svg``.
+Without an argument the sketch of the one page that cannot be visited (``take.py`` takes the others
+from a real JupyterLab); with the directories of a finished ``make course`` and ``make course-real``
+also their four answers for the README, ``four_answers_tiny.svg`` and ``four_answers_smollm2.svg``.
 """
 
 import html
@@ -52,57 +52,18 @@ def here(x: float, y: float, w: float, h: float) -> str:
     return f'<rect x="{x}" y="{y}" width="{w}" height="{h}" rx="8" fill="none" stroke="{ORANGE}" stroke-width="3"/>'
 
 
-def lab(title: str, *parts: str, files: tuple[str, ...] = ()) -> str:
-    """A sketch of JupyterLab: files at the left, the toolbar and the page at the right."""
-    names = [text(34, 92 + 26 * i, name, 13) for i, name in enumerate(files)]
-    return svg(
-        640, 260, title,
-        box(0, 0, 640, 34, "JupyterLab", "#eeeeee"), box(12, 44, 180, 204), text(22, 66, "文件", 13, "#777777"), *names,
-        box(202, 44, 426, 204, "", PAPER), *parts,
-    )  # fmt: skip
-
-
-BOOKS = ("01_setup.ipynb", "02_preprocess.ipynb", "03_train_lora.ipynb")
-
 SKETCHES = {
     "ui_1_1_gpu_environment": svg(
-        640, 260, "魔搭的“我的 Notebook”页面：选择方式二，GPU 环境",
-        box(0, 0, 640, 34, "我的 Notebook", "#eeeeee"),
-        box(30, 60, 270, 150, "方式一：CPU 环境"), box(330, 60, 270, 150, ""), text(465, 105, "方式二：GPU 环境", 16, anchor="middle"),
-        box(405, 145, 120, 36, "启动", BLUE, PAPER), here(322, 52, 286, 166), text(465, 242, "① 选它，再点“启动”", 14, ORANGE, "middle"),
-    ),
-    "ui_1_2_create_notebook": lab(
-        "JupyterLab 启动页：点 Notebook 下面的 Python 3",
-        text(222, 78, "Notebook", 16), box(222, 92, 110, 90, "Python 3"), text(222, 222, "Console", 16, "#777777"),
-        here(214, 84, 126, 106), text(352, 142, "← 新建一本笔记本", 14, ORANGE), files=("huanhuan-course",),
-    ),
-    "ui_1_3_rename": lab(
-        "在左侧文件上点右键，选择 Rename",
-        box(120, 100, 150, 30, "Open"), box(120, 130, 150, 30, "Rename"), box(120, 160, 150, 30, "Duplicate"),
-        here(114, 127, 162, 36), text(290, 150, "← 右键菜单里的“重命名”", 14, ORANGE), files=BOOKS,
-    ),
-    "ui_1_3_add_cell": lab(
-        "工具栏第二个按钮，加号，在下面添加一个单元格",
-        *(box(212 + 40 * i, 52, 34, 28, sign) for i, sign in enumerate(("存", "＋", "剪", "贴", "▶"))),
-        here(247, 47, 44, 38), text(300, 104, "↖ 添加单元格；▶ 运行", 14, ORANGE), box(222, 120, 386, 40, "[ ]:  在这里写代码"), files=BOOKS,
-    ),
-    "ui_1_4_upload_dataset": lab(
-        "笔记本里的上传按钮：选择数据集文件",
-        box(222, 70, 150, 36, "⬆ 选择数据集 (1)"), here(215, 63, 164, 50), text(392, 94, "← 点它，选 .json 文件", 14, ORANGE),
-        text(222, 140, "✅ 收到 我的对话.json，共 20 条对话。", 14), files=BOOKS,
-    ),
-    "ui_1_4_3_result": lab(
-        "训练完成后，运行目录里出现 llama3_lora",
-        here(24, 121, 156, 32), text(222, 90, "训练完成：损失曲线往下走", 14),
-        f'<polyline points="222,120 250,165 290,190 350,207 430,216 600,222" fill="none" stroke="{BLUE}" stroke-width="3"/>',
-        files=("checkpoints", "executed", "llama3_lora", "tokenized", "manifest.json"),
-    ),
-    "ui_2_download_adapter": lab(
-        "在 llama3_lora.zip 上点右键，选择 Download",
-        box(150, 130, 150, 30, "Download"), here(144, 127, 162, 36), text(320, 150, "← 存到自己的电脑上", 14, ORANGE),
-        files=("answers.json", "llama3_lora", "llama3_lora.zip"),
+        640, 290, "示意图：魔搭的“我的 Notebook”页面，选择方式二，GPU 环境，再点启动",
+        box(0, 0, 640, 34, "我的 Notebook（示意图，文字以页面为准）", "#eeeeee"),
+        box(30, 60, 270, 170, ""), text(165, 92, "方式一：CPU 环境", 16, "#777777", "middle"),
+        box(330, 60, 280, 170, ""), text(470, 92, "方式二：GPU 环境", 16, anchor="middle"),
+        text(470, 132, "免费多少小时，以页面上写的为准", 14, "#777777", "middle"),
+        box(410, 166, 120, 40, "启动", BLUE, PAPER), here(322, 52, 296, 186), here(403, 159, 134, 54),
+        text(470, 268, "① 选方式二    ② 点“启动”", 15, ORANGE, "middle"),
     ),
 }  # fmt: skip
+FOUR_ANSWERS = ("four_answers_tiny", "four_answers_smollm2")
 
 
 SIDES = {  # column of answers.json: where the bubble stands, and who speaks
@@ -189,6 +150,5 @@ def wrap(words: str, width: int) -> list[str]:
 if __name__ == "__main__":
     for name, picture in SKETCHES.items():
         (IMGS / f"{name}.svg").write_text(picture, encoding="utf-8")
-    for name, run_dir in zip(("tiny", "smollm2"), sys.argv[1:], strict=False):
-        picture = four_answers(Path(run_dir))
-        (IMGS / f"four_answers_{name}.svg").write_text(picture, encoding="utf-8")
+    for name, run_dir in zip(FOUR_ANSWERS, sys.argv[1:], strict=False):
+        (IMGS / f"{name}.svg").write_text(four_answers(Path(run_dir)), encoding="utf-8")

@@ -86,22 +86,6 @@ def test_a_code_cell_fits_the_screen():
             assert len(cell.source.splitlines()) <= 20, (name, cell.id)
 
 
-def test_pictures_are_there_and_described():
-    for name, cell in CELLS:
-        for alt, target in re.findall(r"!\[(.*?)\]\((.*?)\)", cell.source):
-            assert len(alt) > 5, (name, cell.id)
-            assert (NOTEBOOKS / target).is_file(), (name, target)
-
-
-def test_sketches_are_what_the_script_draws():
-    sys.path.insert(0, str(ROOT / "imgs"))
-    from draw import SKETCHES
-
-    assert {path.stem for path in (ROOT / "imgs").glob("ui_*.svg")} == set(SKETCHES)
-    for name, picture in SKETCHES.items():
-        assert (ROOT / "imgs" / f"{name}.svg").read_text(encoding="utf-8") == picture
-
-
 def test_no_absolute_paths_and_no_profile_names_in_code():
     for name, cell in CELLS:
         if cell.cell_type == "code" and "solution" not in cell.metadata.get("tags", []):
