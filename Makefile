@@ -24,13 +24,9 @@ course-real: $(VENV)/installed
 doctor: $(VENV)/installed
 	cd notebooks && ../$(BIN)/python -m huanhuan doctor
 
-# A README opens as a page, not as its source; nobody is asked about Jupyter's news.
-LAB_SETTINGS := $(VENV)/share/jupyter/lab/settings/overrides.d
+# .jupyter/overrides.json: in Chinese, no news, and a README opens as a page.
 lab: $(VENV)/installed
-	mkdir -p $(LAB_SETTINGS)
-	echo '{"@jupyterlab/docmanager-extension:plugin": {"defaultViewers": {"markdown": "Markdown Preview"}},' \
-		'"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}}' > $(LAB_SETTINGS)/huanhuan.json
-	$(BIN)/jupyter lab --notebook-dir=. notebooks/01_setup.ipynb
+	$(BIN)/jupyter lab --LabApp.app_settings_dir=.jupyter --notebook-dir=. notebooks/01_setup.ipynb
 
 student: $(VENV)/installed
 	cd notebooks && ../$(BIN)/python -m huanhuan.exercises

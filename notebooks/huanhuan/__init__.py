@@ -69,7 +69,7 @@ def _explain_missing_names() -> None:
         known = f"（开头是 `{cells[-1].strip().splitlines()[0]}` 的那一格）" if cells else ""
         said = [
             f"⛔ 这里要用 {error.name}，可是现在没有它：名字写错了，或者内核重启过，或者后面的格子已经把它"
-            f"放掉了。请先运行定义它的那一格{known}；或者选中这一格，点菜单 Run → Run All Above Selected Cell。"
+            f"放掉了。请先运行定义它的那一格{known}；或者选中这一格，点菜单 运行 → 运行选中单元格上方的所有单元格 / Run → Run All Above Selected Cell。"
         ]
         shell._showtraceback(kind, error, said)
         return said

@@ -571,7 +571,7 @@ def _lock(path: Path, doing: str, patience: float = 0) -> Iterator[None]:
         if time.monotonic() >= until:
             raise CourseError(
                 f"另一个内核（进程 {owner.get('pid')}，{owner.get('since')} 起）正在用这个运行目录做"
-                f"“{owner.get('doing')}”：请等它做完，或者关掉它（菜单 Kernel → Shut Down Kernel），再运行这一格。"
+                f"“{owner.get('doing')}”：请等它做完，或者关掉它（菜单 内核 → 关闭内核 / Kernel → Shut Down Kernel），再运行这一格。"
             )
         time.sleep(0.02)
     try:

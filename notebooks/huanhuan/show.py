@@ -352,7 +352,7 @@ def file_picker(course: Course, check: Callable[[Path], pd.DataFrame]):
         notes = "".join(f"<br>· {html.escape(note)}" for note in rows.attrs["report"])
         said.value = (
             f"✅ 收到 {html.escape(name)}，共 {len(rows)} 条对话。{notes}<br>"
-            "选中这一格，点菜单 Run → Run Selected Cell and All Below，后面的就都用它。"
+            "选中这一格，点菜单 运行 → 运行选中的单元格及以下所有 / Run → Run Selected Cell and All Below，后面的就都用它。"
         )
 
     button.observe(receive, names="value")

@@ -53,7 +53,7 @@ SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # that train together; torchrun sets it
 
 TOO_BIG = """训练放不进内存。可以这样做：
-1. 关掉别的笔记本的内核（菜单 Kernel → Shut Down All Kernels），重新运行 03；
+1. 关掉别的笔记本的内核（菜单 内核 → 关闭所有内核 / Kernel → Shut Down All Kernels），重新运行 03；
 2. 对话很长的话，回到 01，用 Course.start(max_length=256) 截短；
 3. NVIDIA 显卡：pip install bitsandbytes，把环境变量 HUANHUAN_PROFILE 设成 gpu-4bit，用 4 位权重训练；
 4. 换一个小一些的模型，例如把 HUANHUAN_MODEL 设成 Qwen/Qwen2.5-0.5B-Instruct。"""
