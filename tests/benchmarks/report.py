@@ -90,17 +90,34 @@ def sweep_table(records: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def tables() -> str:
-    """Markdown for the README."""
-    step, growth, asking = results("step"), results("growth"), results("asking")
-    lines = [
-        "| 一步 16 条对话 | 最好的批次划分 | 秒（中位数） | 速度（教程是 1） |",
-        "|---|---|---|---|",
-    ]
+def step_table(step: dict, first: str) -> list[str]:
+    """A result of step.py as the lines of a Markdown table; `first` heads its first column."""
+    lines = [f"| {first} | 批次划分 | 秒（中位数） | 速度（第一行是 1） |", "|---|---|---|---|"]
     for label, split, one in best_of_each(step["recipes"]):
         seconds, times = one["median_seconds"], one["times_faster"]
-        lines.append(f"| {label} | {split} | {seconds:.2f} | {times:.2f} × |")
-    lines += ["", f"各种做法每一步的损失最多相差 {step['largest_loss_difference']:.0e}。", ""]
+        lines.append(f"| {label} | {split} | {seconds:.1f} | {times:.2f} × |")
+    rounds = len(next(iter(step["recipes"].values()))["seconds"])
+    lines += [
+        "",
+        f"各种做法轮流走同样的 {rounds} 步；每一步的损失最多相差 {step['largest_loss_difference']:.0e}。"
+        f"这台机器的矩阵乘法每秒 {step['matmul_tflops'] * 1000:.0f} GFLOP。",
+        "",
+    ]
+    return lines
+
+
+def tables() -> str:
+    """Markdown for the README."""
+    wide, narrow, growth, asking = map(results, ("step_wide", "step", "growth", "asking"))
+    lines = step_table(wide, "一步 16 条对话")
+    if (RESULTS / "step_turns.json").exists():
+        lines += step_table(results("step_turns"), "一步 4 段对话，每段 4 个回答、约 600 个词元")
+    ours = [best_of_each(one["recipes"])[-1][2]["times_faster"] for one in (narrow, wide)]
+    lines += [
+        f"换成只有十二分之一宽的模型（28 层，几分钟量完，随课程附带的对话），本课程是教程的 {ours[0]:.2f} 倍："
+        "越窄，矩阵乘法以外的开销占得越多，所以只作对照。",
+        "",
+    ]
     lines += ["| 训练多少条 | 每条多少词元 | 每个词元，微秒 | 内存峰值 GiB |", "|---|---|---|---|"]
     for case in growth["cases"]:
         lines.append(
@@ -118,15 +135,15 @@ def tables() -> str:
             f"| {labels[name]} | {one['tokens_a_second']:.0f} | {one['tokens_a_reply']:.0f} "
             f"| {one['seconds_a_reply']:.2f} |"
         )
-    versions = "，".join(f"{k} {v}" for k, v in step["versions"].items())
-    lines += ["", f"测量环境：{step['machine']}；{versions}。"]
+    versions = "，".join(f"{k} {v}" for k, v in wide["versions"].items())
+    lines += ["", f"测量环境：{wide['machine']}；{versions}。"]
     return "\n".join(lines)
 
 
 def picture() -> str:
     """The step's table as SVG."""
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # the browser has fonts
-    rows = best_of_each(results("step")["recipes"])
+    rows = best_of_each(results("step_wide")["recipes"])
     with matplotlib.rc_context(STYLE):
         figure, axes = plt.subplots()
         names = [f"{label}（{split}）" for label, split, _ in rows]
