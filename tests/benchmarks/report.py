@@ -61,35 +61,6 @@ def rates_table(records: list[dict]) -> str:
     return "\n".join(lines)
 
 
-CHANGED = {
-    "rate": "学习率",
-    "epochs": "轮数",
-    "rank": "秩 r",
-    "rows": "条数",
-    "ordinary": "掺普通对话",
-}
-
-
-def sweep_table(records: list[dict]) -> str:
-    """The records of sweep.json as the Markdown table that stands in notebook 04."""
-    from huanhuan.infer import share
-
-    lines = [
-        "| 只改这一样 | 验证集损失 | 说出自己是谁 | 数据里的事 | 普通问题 |",
-        "|---|---|---|---|---|",
-    ]
-    for one in records:
-        told = [
-            f"{CHANGED[name]} {f'{value:.0%}' if name == 'ordinary' else f'{value:g}'}"
-            for name, value in one["change"].items()
-        ]
-        recipe = "，".join(told) or "**原来的做法**"
-        recipe = recipe if one["steps"] else "没有训练"
-        scores = [share(*one[name]) for name in ("name", "facts", "general")]
-        lines.append(f"| {recipe} | {one['loss']:.2f} | {' | '.join(scores)} |")
-    return "\n".join(lines)
-
-
 def step_table(step: dict, first: str) -> list[str]:
     """A result of step.py as the lines of a Markdown table; `first` heads its first column."""
     lines = [f"| {first} | 批次划分 | 秒（中位数） | 速度（第一行是 1） |", "|---|---|---|---|"]
