@@ -609,11 +609,11 @@ def half_hour(split: Split, rows: int, epochs: int) -> str:
 def trial_steps(seconds: float, steps: int, trainings: int) -> int:
     """Steps that each of so many trial trainings may take: in all a tenth of the training's time.
 
-    The training took so many `seconds` and `steps`. 20 seconds are always granted; never more than
+    The training took so many `seconds` and `steps`. 20 seconds are granted where the training took as long; never more than
     25 steps each. Where ten steps do not fit, too few to show anything, 0, and a sentence.
     """
     each = (
-        max(seconds / 10, 20) / trainings / (seconds / max(steps, 1)) - 4
+        max(seconds / 10, min(seconds, 20)) / trainings / (seconds / max(steps, 1)) - 4
     )  # 4: what measuring takes
     if each >= 10:
         return min(int(each), 25)
