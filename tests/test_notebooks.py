@@ -366,7 +366,7 @@ def running_03(given, until):
 
 @pytest.mark.parametrize("harm", ["kernel", "runner"])
 def test_a_killed_kernel_and_ctrl_c_are_a_sentence_and_training_goes_on(tmp_path, harm):
-    given = small_run(tmp_path / "run", epochs=60, save_steps=2)
+    given = small_run(tmp_path / "run", epochs=20, save_steps=2)
     runner = running_03(given, "… 第 20 / ")
     (kernel,) = psutil.Process(runner.pid).children()
     if harm == "kernel":

@@ -77,20 +77,24 @@ def run(path: Path, out: Path) -> None:
     client = Client(
         notebook,
         timeout=None,  # training the 3B takes as long as it takes
-        extra_arguments=["--log-level=ERROR"],
+        extra_arguments=["--log-level=CRITICAL"],
         resources={"metadata": {"path": str(NOTEBOOKS)}},
     )
     started = time.time()
     failure = None
     try:
         client.execute()
-    except CellExecutionError as error:
+    except Exception as error:
+        if hasattr(client, "_async_cleanup_kernel_future"):  # nbclient has heard Ctrl-C
+            raise KeyboardInterrupt from None
+        if isinstance(error, DeadKernelError):
+            error = CourseError(
+                f"{path.name} 的内核死了，多半是内存不够：关掉别的程序，再运行一次，训练会从存好的地方接着来；"
+                "还不行，换一个小一些的模型。"
+            )
+        elif not isinstance(error, CellExecutionError):
+            raise
         failure = error
-    except DeadKernelError:
-        failure = CourseError(
-            f"{path.name} 的内核死了，多半是内存不够：关掉别的程序，再运行一次，训练会从存好的地方接着来；"
-            "还不行，换一个小一些的模型。"
-        )
     if out.parent.exists():  # a run that was refused at its first step leaves nothing behind
         stamp = " · ".join([
             time.strftime("%Y-%m-%d %H:%M"), machine(), *(f"{k} {v}" for k, v in versions().items()),
