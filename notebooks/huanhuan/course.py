@@ -298,6 +298,12 @@ class Course:
         """Where to load the model: main memory if FSDP will cut it up, else where it is used."""
         return "cpu" if SHARDED else self.profile.device
 
+    @property
+    def uploads(self) -> list[Path]:
+        """The datasets that were uploaded, the newest last."""
+        files = (path for path in (self.run_dir / "uploads").glob("[!.]*") if path.is_file())
+        return sorted(files, key=lambda path: path.stat().st_mtime)
+
     def __repr__(self) -> str:
         return f"档位 {self.profile.name}：{self.reason}\n成果都放在 {self.run_dir}"
 
@@ -351,7 +357,7 @@ class Course:
     @staticmethod
     def started() -> bool:
         """Whether notebook 01 has started a run on this machine, for this persona."""
-        return _read(_run_dir(choose_profile()[0])) is not None
+        return _read(present_run_dir()) is not None
 
     @classmethod
     def resume(cls, *needs: str) -> "Course":
@@ -359,7 +365,7 @@ class Course:
 
         Raises CourseError, saying which notebook to run first, where one is not there.
         """
-        run_dir = _run_dir(choose_profile()[0])
+        run_dir = present_run_dir()
         manifest = _read(run_dir)
         if manifest is None:
             raise CourseError("这里还没有开始过课程：请先运行 01_setup.ipynb。")
@@ -713,6 +719,11 @@ def write_json(path: Path, content: dict) -> None:
     beside = path.with_name(f"{path.name}.{os.getpid()}.new")
     beside.write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
     beside.replace(path)
+
+
+def present_run_dir() -> Path:
+    """The run directory of this machine's profile, there already or not."""
+    return _run_dir(choose_profile()[0])
 
 
 def _run_dir(profile: str) -> Path:

@@ -70,7 +70,7 @@ def check(number: str, answer, *, solution: bool = False, **context) -> None:
     else:
         print(f"✅ {text}")
         try:
-            run_dir = _run_dir()
+            run_dir = course.present_run_dir()
             with course.writing(run_dir):
                 run_dir.mkdir(parents=True, exist_ok=True)
                 now = {str(number): time.strftime("%Y-%m-%d %H:%M:%S")}
@@ -81,7 +81,7 @@ def check(number: str, answer, *, solution: bool = False, **context) -> None:
 
 def progress(notebook: str) -> None:
     """Print one line: how many of the notebook's exercises are done, and which are not."""
-    recorded, ours = _recorded(_run_dir()), _of(notebook)
+    recorded, ours = _recorded(course.present_run_dir()), _of(notebook)
     left = [number for number in ours if number not in recorded]
     rest = f"，还有 {'、'.join(left)}" if left else "，全做完了"
     print(f"练习：{len(ours) - len(left)} / {len(ours)} 题{rest}")
@@ -110,10 +110,6 @@ def student(folder: Path = NOTEBOOKS / "output" / "student") -> None:
 
 def _of(notebook: str) -> list[str]:
     return [number for number in JUDGES if number.startswith(f"{int(notebook[:2])}.")]
-
-
-def _run_dir() -> Path:
-    return course._run_dir(course.choose_profile()[0])
 
 
 def _recorded(run_dir: Path) -> dict[str, str]:

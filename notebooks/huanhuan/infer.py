@@ -642,8 +642,7 @@ def unpack(archive: Path, folder: Path) -> Path:
         OSError,
         ValueError,
         KeyError,
-        NotImplementedError,
-        RuntimeError,  # a password is asked for
+        RuntimeError,  # a password is asked for, or what zipfile has not implemented
         zlib.error,
         zipfile.BadZipFile,
     ) as error:

@@ -142,14 +142,12 @@ def dataset_file(course: Course, typed: str = "") -> Path:
     The first there is of: `typed` in the notebook, ``HUANHUAN_DATA``, the newest upload, the
     course's sample. Raises CourseError where a file that was named does not exist.
     """
-    uploads = [path for path in (course.run_dir / "uploads").glob("[!.]*") if path.is_file()]
-    uploads.sort(key=lambda path: path.stat().st_mtime)
     if typed:
         asked, whose = typed, "你在这一格里写的"
     elif os.environ.get("HUANHUAN_DATA"):
         asked, whose = os.environ["HUANHUAN_DATA"], "环境变量 HUANHUAN_DATA 指定的"
-    elif uploads:
-        asked, whose = uploads[-1], "你上传的"
+    elif course.uploads:
+        asked, whose = course.uploads[-1], "你上传的"
     else:
         asked, whose = SAMPLE, "课程自带的样例"
     path = Path(asked).expanduser().resolve()

@@ -317,10 +317,9 @@ def file_picker(course: Course, check: Callable[[Path], pd.DataFrame]):
     button.tooltip = "上传你自己的数据集；不上传，就用课程自带的样例"
 
     def in_force() -> str:
-        uploads = [path for path in (course.run_dir / "uploads").glob("[!.]*") if path.is_file()]
-        uploads.sort(key=lambda path: path.stat().st_mtime)
-        named = os.environ.get("HUANHUAN_DATA")
-        return Path(named).name if named else uploads[-1].name if uploads else "课程自带的样例"
+        if named := os.environ.get("HUANHUAN_DATA"):
+            return Path(named).name
+        return course.uploads[-1].name if course.uploads else "课程自带的样例"
 
     said = ipywidgets.HTML(f"不上传也可以，“读入数据集”那一格会用：{html.escape(in_force())}。")
 
