@@ -13,6 +13,7 @@ import asyncio
 import base64
 import html
 import json
+import logging
 import mimetypes
 import os
 import re
@@ -35,6 +36,9 @@ except CourseError as error:  # a bad persona file
 
 BOOKS = [*dict.fromkeys(what.made_by for what in ARTEFACTS.values()), "05_cleanup"]
 
+
+# What nbclient's tasks leave behind when Ctrl-C stops them is no news to anybody.
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 SILENCE = 8  # seconds after which a cell that says nothing is said to be running
 
