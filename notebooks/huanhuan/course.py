@@ -393,12 +393,12 @@ class Course:
         """
         what, entry = ARTEFACTS[name], self.manifest["files"].get(name)
         again = f"请重新运行 {what.made_by}.ipynb。"
-        path = self.run_dir / entry if entry else None  # an absolute entry stays as it is
-        if path is None or not path.exists():
+        if entry and what.file and entry != what.file:
+            raise CourseError(f"清单里的“{what.title}”不在运行目录里（{entry}），不用它：{again}")
+        path = self.run_dir / (entry or "")  # an absolute entry stays as it is
+        if not entry or not os.path.exists(path):  # unlike Path.exists, whatever its name is
             raise CourseError(f"还缺少上一步的成果“{what.title}”：请先运行 {what.made_by}.ipynb。")
         known = self.manifest["known"].get(name) or {}
-        if what.file and path != self.run_dir / what.file:
-            raise CourseError(f"清单里的“{what.title}”不在运行目录里（{entry}），不用它：{again}")
         try:
             now = _state(path, known["files"])
             if now != known["files"]:
@@ -418,7 +418,7 @@ class Course:
                         f"“{what.title}”是按 {setting}={record['settings'][setting]} 做的，"
                         f"现在是 {value}：{again}"
                     )
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             lacking = isinstance(error, LookupError | FileNotFoundError)
             why = "没有它的记录" if lacking else f"读不出来（{error}）"
             raise CourseError(f"“{what.title}”（{path.name}）{why}：{again}") from None
@@ -740,13 +740,17 @@ def _read(run_dir: Path) -> dict | None:
     try:
         manifest = {part: {} for part in HANDED_ON} | json.loads(path.read_text(encoding="utf-8"))
         parts = [manifest[part] for part in (*HANDED_ON, "profile", "persona")]
+        parts += manifest["known"].values()
+        texts = [manifest["reason"], *manifest["files"].values()]
         if not all(isinstance(part, dict) for part in parts):
             raise TypeError
-        if not all(isinstance(entry, str) for entry in manifest["files"].values()):
+        if not all(isinstance(text, str) for text in texts):
             raise TypeError
-        _check_settings({n: x for n, x in manifest["profile"].items() if n in _SETTINGS})
+        settings = {name: x for name, x in manifest["profile"].items() if name in _SETTINGS}
+        _check_settings(settings)
+        Profile(**settings)
         return manifest
-    except (ValueError, TypeError, LookupError, RecursionError, CourseError):
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, CourseError):
         raise CourseError(
             f"{path} 读不出来了（不完整，或者被改坏了）：请把它改名，再重新运行 01_setup.ipynb。"
         ) from None
