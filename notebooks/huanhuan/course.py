@@ -636,19 +636,38 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def check_adapter(folder: Path) -> None:
-    """Raises CourseError where an adapter's file is damaged, or holds no tensors, NaN or only zeros."""
-    file = folder / "adapter_model.safetensors"
+    """Raises CourseError where an adapter is damaged, empty or not a number, or is no plain LoRA.
+
+    What its config and tokenizer say must not make a library import something, or make a matrix of
+    another size than the one that is there.
+    """
+    file, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     try:
         with safe_open(file, "pt") as tensors:
-            found = [tensors.get_tensor(name) for name in tensors.keys()]  # noqa: SIM118
+            found = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise CourseError(f"适配器 {file} 读不出来（{error}）。") from None
-    if not found or not any(tensor.any() for tensor in found):
+    if not found or not any(tensor.any() for tensor in found.values()):
         raise CourseError(f"适配器 {file} 里没有学到的东西，全是空的。")
-    if not all(tensor.isfinite().all() for tensor in found):
+    if not all(tensor.isfinite().all() for tensor in found.values()):
         raise CourseError(
             f"适配器 {file} 里有不是数的数（NaN），用不了：请用原来那一份，或者重新训练。"
         )
+    ranks = {tensor.shape[0] for name, tensor in found.items() if ".lora_A." in name}
+    try:
+        said = json.loads(config.read_text(encoding="utf-8"))
+        names = said["target_modules"]
+        plain = (
+            said["peft_type"] == "LORA" and ranks == {said["r"]} and not said.get("auto_mapping")
+        )
+        plain &= isinstance(names, list) and all(re.fullmatch(r"[\w.]+", name) for name in names)
+        tokenizer = folder / "tokenizer_config.json"
+        if tokenizer.exists() and plain:
+            plain = "auto_map" not in json.loads(tokenizer.read_text(encoding="utf-8"))
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        plain = False
+    if not plain:
+        raise CourseError(f"适配器 {folder} 的设置读不出来，或者不是普通的 LoRA：不用它。")
 
 
 def size(count: float) -> str:

@@ -5,7 +5,8 @@
 Each fault is a generator: it lets the fault strike a run that is whole, yields, and then does what a
 learner does next. That ends in a sentence (a CourseError that `says`), or goes through as if nothing
 had happened. Whatever lay in the run directory when it struck must still be there, under its own name
-or a dated one. tests/test_faults.py runs them all.
+or a dated one, nothing may be written elsewhere, and it takes at most 5 seconds (but for training) and
+1 GiB. tests/test_faults.py runs them all.
 """
 
 import contextlib
@@ -823,6 +824,39 @@ EVIL = {
     "适配器是乱码": (lambda c: c.update({
         "llama3_lora/adapter_model.safetensors": b"\xff" * 100}), True, "读不出来"),
 }  # fmt: skip
+
+
+def member(name: str, content) -> Callable[[dict], object]:
+    """Exchange a member for `content`, or change a JSON member by a function of it."""
+
+    def change(members: dict) -> None:
+        new = content
+        if callable(content):
+            new = json.dumps(content(json.loads(members[f"llama3_lora/{name}"]))).encode()
+        members[f"llama3_lora/{name}"] = new
+
+    return change
+
+
+for title, name, content in (
+    ("设置不是 JSON", "adapter_config.json", b"{"),
+    ("设置是一个数组", "adapter_config.json", b"[]"),
+    ("设置套了十万层", "adapter_config.json", b"[" * 100_000),
+    ("要装入别的程序（auto_mapping）", "adapter_config.json",
+     lambda c: c | {"auto_mapping": {"parent_library": "evil", "base_model_class": "X"}}),
+    ("不是 LoRA", "adapter_config.json", lambda c: c | {"peft_type": "PROMPT_TUNING"}),
+    ("没有写是什么", "adapter_config.json", lambda c: {"r": 8}),
+    ("秩写成十亿", "adapter_config.json", lambda c: c | {"r": 10**9}),
+    ("秩写成文字", "adapter_config.json", lambda c: c | {"r": "8"}),
+    ("秩是负数", "adapter_config.json", lambda c: c | {"r": -8}),
+    ("层名是要算很久的正则", "adapter_config.json", lambda c: c | {"target_modules": "(a+)+$"}),
+    ("层名里混着正则", "adapter_config.json", lambda c: c | {"target_modules": ["q_proj", "(a|a)*$"]}),
+    ("层名是数", "adapter_config.json", lambda c: c | {"target_modules": [1]}),
+    ("分词器要执行程序（auto_map）", "tokenizer_config.json",
+     lambda c: c | {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}}),
+    ("分词器的设置不是 JSON", "tokenizer_config.json", b"\xff{"),
+):  # fmt: skip
+    EVIL[title] = (member(name, content), True, "不是普通的 LoRA")
 for title, (change, sums, says) in EVIL.items():
 
     def evil(run, change=change, sums=sums):
@@ -926,6 +960,18 @@ for title, content, says in (
     ("数据集的括号套了十万层", b"[" * 100_000, "."),
     ("数据集里的数有一万位", b'[{"instruction": ' + b"9" * 10_000 + b', "output": "b"}]', "."),
     ("数据集里的回答是空的", b'[{"instruction": "a", "input": "", "output": ""}]', "第 1 条"),
+    ("数据集其实是 Excel 的表", b"PK\x03\x04" + bytes(99), "."),
+    ("数据集其实是压缩过的（gzip）", b"\x1f\x8b\x08\x00" + bytes(range(99)), "."),
+    ("数据集其实是 pickle", b"\x80\x04cos\nsystem\n(S'touch evil'\ntR.", "."),
+    ("数据集其实是网页", b"<!DOCTYPE html><html><body>404 Not Found</body></html>", "."),
+    ("数据集全是空字节", bytes(10_000), "."),
+    ("数据集里有孤立的代理字符", b'[{"instruction": "\\ud800", "output": "b"}]' , "."),
+    ("数据集里同一个键写了十万遍", b"[{" + b'"instruction": "a", ' * 100_000 + b'"output": 1}]', "."),
+    ("数据集是一个 Python 程序", b"import os\nos.system('touch evil')\n" * 20, "."),
+    ("数据集里的数是 NaN", b'[{"instruction": NaN, "output": "b"}]', "."),
+    ("数据集是一个数", b"1e999", "."),
+    ("数据集是一百万个空列表", b"[" + b"[]," * 1_000_000 + b"[]]", "."),
+    ("数据集里的对话自己套着自己，一千层", b'{"messages": ' * 1000 + b"[]" + b"}" * 1000, "."),
 ):  # fmt: skip
 
     def dataset(run, content=content):
@@ -983,6 +1029,9 @@ def strike(fault: Fault, whole: Path, folder: Path) -> str | None:
         course_of_events = fault.strike(run)
         next(course_of_events)
         there, outside = contents(run.dir), set(folder.iterdir())
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+        memory, began = course.peak_memory_gib(), time.process_time()
         try:
             for _ in course_of_events:
                 raise AssertionError("a fault yields once")
@@ -990,6 +1039,8 @@ def strike(fault: Fault, whole: Path, folder: Path) -> str | None:
             said = str(error)
         assert (said is None) == (fault.says is None), said
         assert said is None or re.search(fault.says, said, re.S), said
+        assert fault.where == "03" or time.process_time() - began <= 5, "too long"  # 03 trains
+        assert course.peak_memory_gib() - memory <= 1, "too much memory"
         assert there <= contents(run.dir), "something that lay there is gone"
         assert set(folder.iterdir()) == outside, "something was written elsewhere"
     return said

@@ -9,6 +9,7 @@ Coverage-guided (atheris, https://github.com/google/atheris, over libFuzzer, who
 an answer; any other exception, or more than 5 seconds or 1 GiB, ends the run and leaves the input.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -130,10 +131,8 @@ def main() -> None:
     target, inputs = targets(folder, Run(folder / "run"))[name]
 
     def strike(data: bytes) -> None:
-        try:
+        with contextlib.suppress(CourseError):
             target(data)
-        except CourseError:
-            pass
 
     corpus = folder / "corpus"
     corpus.mkdir()
