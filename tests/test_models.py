@@ -321,9 +321,10 @@ def packs(model, dense=False):
 @pytest.mark.parametrize("kind", PACKS)
 def test_rows_are_packed_where_that_changes_nothing(kind, dtype, tokenizer):
     model = small_model(kind).to(dtype)
+    # stablelm attends in a way of its own; gemma2 caps its scores, which sdpa does not, and newer
+    # transformers mind that: one dense mask suits them
+    dense = kind == "stablelm" or model.config._attn_implementation == "eager"
     assert packs(model, dense=True)
-    # gemma2 caps its scores and stablelm attends in a way of its own: one dense mask suits them
-    dense = kind in ("gemma2", "stablelm")
     assert packs(model) != dense
     collator = train.choose_collator(small_model(kind).to(dtype), tokenizer, some_rows())
     assert isinstance(collator, train.SharedPrefixCollator) and collator.dense == dense

@@ -302,12 +302,13 @@ def choose_collator(model, tokenizer, rows):
     dense = SharedPrefixCollator(dtype)
     if SHARDED:  # a model that is to be cut up runs nowhere whole
         return dense
-    with contextlib.suppress(ValueError):  # its attention is its own
-        model.set_attn_implementation(ROWS)
-        by_rows = SharedPrefixCollator(dtype, dense=False)
-        if shares_prefixes(model, rows, by_rows):
-            return by_rows
-    model.set_attn_implementation(usual)
+    if usual in ("sdpa", ROWS):  # ROWS is sdpa for every row: no other kind may be exchanged for it
+        with contextlib.suppress(ValueError):  # its attention is its own
+            model.set_attn_implementation(ROWS)
+            by_rows = SharedPrefixCollator(dtype, dense=False)
+            if shares_prefixes(model, rows, by_rows):
+                return by_rows
+        model.set_attn_implementation(usual)
     if shares_prefixes(model, rows, dense):
         return dense
     print(
