@@ -112,6 +112,24 @@ def loss_curve(history: list[dict], before: float | None = None) -> Figure:
     )
 
 
+def shares(over: list[float], scores: dict[str, list[tuple[int, int]]], interval, xlabel: str):
+    """A Figure: shares of right answers, each as (right, asked), over what was changed.
+
+    ``interval(right, asked)`` gives the two ends of an error bar.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _axes()
+        for colour, (name, counts) in zip((BLUE, ORANGE), scores.items(), strict=False):
+            found = [right / asked for right, asked in counts]
+            low, high = zip(*(interval(*count) for count in counts), strict=True)
+            axes.plot(over, found, color=colour, marker="o", label=name)
+            axes.vlines(over, low, high, color=colour, alpha=0.5)
+        axes.set(xlabel=xlabel, ylabel="答对的比例", ylim=(0, 1.02), xticks=over)
+        axes.legend(frameon=False)
+    said = "；".join(f"{n} {c[0][0]} → {c[-1][0]}，共 {c[0][1]}" for n, c in scores.items())
+    return Figure(figure, f"{xlabel}从 {over[0]:g} 到 {over[-1]:g}，答对：{said}")
+
+
 def best_epoch(history: list[dict]) -> str:
     """In which epoch the held-out loss was lowest, and what that says, in a sentence.
 
