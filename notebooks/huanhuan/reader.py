@@ -64,7 +64,8 @@ PARTS = (*FIELDS, "turns", "history", "system", "rejected")
 ROLES = dict.fromkeys(("user", "human", "prompter", "用户", "客户", "customer"), "user")
 ROLES |= dict.fromkeys(("assistant", "gpt", "bot", "chatgpt", "model", "ai", "助手"), "assistant")
 ROLES |= {"system": "system", "developer": "system"}
-HERS = {name.lower() for name in (NAME, *CALLED)}
+HERS = {name.lower(): HER for name in (NAME, *CALLED)}
+_role = (ROLES | HERS | {"input": "input"}).get
 # What marks bad answers, and how; of any other mark nothing is certain.
 FLAGS = {"label", "kto_tag", "weight", "loss", "train", "is_good", "accepted", "chosen", "status"}
 BAD = {"false", "0", "0.0", "-1", "bad", "negative", "undesirable", "rejected", "差", "坏", "不好"}
@@ -250,36 +251,33 @@ def _values(text: str, log: Log) -> Iterator[tuple[int, Any]]:
     return _json_rows(text, head[0], log) if _jsonish(text) else _script(text, log)
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict:
-    value = dict(pairs)
-    if len(value) < len(pairs):  # which of them is meant?
-        (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
-        raise _Fault(0, twice, "同一个对象里写了不止一次，请只留一个。")
-    return value
-
-
-# Numbers of any length stay as they are written.
-_JSON = json.JSONDecoder(object_pairs_hook=_once, parse_int=Decimal, parse_float=Decimal)
-
-
 def _json_rows(text: str, head: str, log: Log) -> Iterator[tuple[int, Any]]:
     """The items of an array, or one value after another, as in JSON Lines."""
-    number, place = 0, _blank(text).end()
+
+    def once(pairs: list[tuple[str, Any]]) -> dict:
+        if len(value := dict(pairs)) < len(pairs):  # which of them is meant?
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            log.stop("同一个对象里写了不止一次，请只留一个。", log.row, twice)
+        return value
+
+    # Numbers of any length stay as they are written.
+    decoder = json.JSONDecoder(object_pairs_hook=once, parse_int=Decimal, parse_float=Decimal)
+    place = _blank(text).end()
     below = _blank(text, place + len(head)).end()
     array = head[0] == "[" and not (text[below : below + 1] == "[" and head.rstrip()[-1] == "]")
     place = _blank(text, place + array).end()
     try:
-        while text[place : place + 1] != "]" if array else place < len(text):
-            log.row = number = number + 1
-            value, place = _JSON.raw_decode(text, place)
+        while text[place : place + 1] != "]" * array:
+            log.row += 1
+            value, place = decoder.raw_decode(text, place)
             place = _blank(text, place).end()
-            if number == 1 and not array and place == len(text):
+            if log.row == 1 and not array and place == len(text):
                 return (yield from enumerate(_unwrapped(value, log), 1))
-            yield number, value
+            yield log.row, value
             if array and (text[place : place + 1] or " ") not in ",]{[":
                 raise json.JSONDecodeError("Expecting ',' delimiter", text, place)
             place = _blank(text, place + (text[place : place + 1] == ",")).end()
-        if array and (place := _blank(text, place + 1).end()) < len(text):
+        if (place := _blank(text, place + array).end()) < len(text):
             raise json.JSONDecodeError("Extra data", text, place)
     except json.JSONDecodeError as error:
         before, here = text[max(0, error.pos - 60) : error.pos].rstrip(), text[error.pos :][:40]
@@ -287,31 +285,27 @@ def _json_rows(text: str, head: str, log: Log) -> Iterator[tuple[int, Any]]:
         remedy = next(r for msg, spot, r in REMEDIES if says.startswith(msg) and re.match(spot, at))
         near = " ".join((before[-12:] + here[:12]).split())
         where = f"文件第 {error.lineno} 行第 {error.colno} 个字符（{near}）附近不合 JSON 的写法"
-        log.stop(f"{where}：{remedy}", number)
-    except _Fault as fault:
-        log.stop(fault.args[2], number, fault.args[1])
+        log.stop(f"{where}：{remedy}", log.row)
 
 
 def _csv_rows(text: str, head: str, log: Log) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(2**31 - 1)  # Python refuses cells beyond 128 KiB
     lines, delimiter = (match[0] for match in LINES.finditer(text)), max(",;\t", key=head.count)
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    number, header = 0, []
+    reader, header = csv.reader(lines, delimiter=delimiter, strict=True), []
+    filled = (cells for cells in reader if "".join(cells).strip())  # no empty lines
     try:
-        header = [cell.strip() for cell in next(filter(any, reader))]
+        header = [cell.strip() for cell in next(filled, [])]
         twice = any(header.count(name) > 1 for name in {*header} & KNOWN)
         if twice or _plan(tuple(header)).missing:
             fault = "同名的列请只留一列。" if twice else RENAME
             log.stop(HEADER.format("”“".join(header)[:400]) + fault)
-        for cells in reader:
-            if "".join(cells).strip():  # else an empty line
-                number += 1
-                if len(cells) == len(header) and not any(cell.startswith(' "') for cell in cells):
-                    yield number, dict(zip(header, cells, strict=True))
-                else:
-                    log.problem(number, "", CELLS.format(reader.line_num, len(cells), len(header)))
+        for log.row, cells in enumerate(filled, 1):
+            if len(cells) == len(header) and not any(cell.startswith(' "') for cell in cells):
+                yield log.row, dict(zip(header, cells, strict=True))
+            else:
+                log.problem(log.row, "", CELLS.format(reader.line_num, len(cells), len(header)))
     except csv.Error:  # Python 3.10 refuses NUL, too
-        log.stop(f"从这里起引号没有配对，或者有空字符：{QUOTING}", number + bool(header))
+        log.stop(f"从这里起引号没有配对，或者有空字符：{QUOTING}", log.row + bool(header))
 
 
 def _script(text: str, log: Log) -> Iterator[tuple[int, Any]]:
@@ -320,13 +314,14 @@ def _script(text: str, log: Log) -> Iterator[tuple[int, Any]]:
     rows, others, log.unit = [], 0, "行"
     for number, match in enumerate(LINES.finditer(text), 1):
         line = match[0].strip()
-        if speech := None if _scene(line) else _speech(line):
+        if _scene(line) or not line:
+            if rows and (line or gaps):
+                rows.append((number, {}))
+        elif speech := _speech(line):
             rows.append((number, {"role": speech[1].strip(" *"), "content": speech[2]}))
-        elif line and not _scene(line):
+        else:
             others += 1
             log.note("没有“名字：”的没有读入，是台词的请接在上一行后面", number)
-        elif rows and (line or gaps):
-            rows.append((number, {}))
     names = [*dict.fromkeys(row["role"] for _, row in rows if row)]
     if len(rows) < others or not any(_role(_word(name)) == HER for name in names):
         log.stop(f"{PROSE}（这里开口的有：{'、'.join(names[:NAMED]) or '没有人'}）。")
@@ -335,10 +330,6 @@ def _script(text: str, log: Log) -> Iterator[tuple[int, Any]]:
 
 def _word(value: Any) -> str:
     return "" if type(value) in (list, dict) else str(value).strip().lower()
-
-
-def _role(word: str) -> str | None:
-    return HER if word in HERS else word if word == "input" else ROLES.get(word)
 
 
 @lru_cache(maxsize=1000)  # nearly all rows of a file have the same keys
@@ -437,13 +428,12 @@ def _chats(rows: Iterator, plan: SimpleNamespace, log: Log) -> Iterator[list]:
     The rooms of a chat may take turns, the scenes of a play do not.
     """
     who, room, talks, last = plan.her or plan.who, None, {}, {}
-    names = f"{NAME}（或 assistant）"
-    log.note(f"每{log.unit}是一句话：{who} 是 {1 if plan.her else names} 的是回答，之前的是问题")
+    role_of = dict.fromkeys(("1", "true"), HER).get if plan.her else _role
+    names = 1 if plan.her else f"{NAME}（或 assistant）"
+    log.note(f"每{log.unit}是一句话：{who} 是 {names} 的是回答，之前的是问题")
     for log.row, row in rows:
         row = row if type(row) is dict else {}
-        role = _role(_word(row.get(who))) or "user"
-        if plan.her:
-            role = HER if _word(row.get(who)) in ("1", "true") else "user"
+        role = role_of(_word(row.get(who))) or "user"
         # Where no column names the room, whoever else speaks does.
         here = row.get((plan.her and plan.room) or plan.scene)
         here = here or (row.get(plan.who) if plan.her and role != HER else room)
