@@ -122,10 +122,6 @@ class DatasetError(CourseError):
         super().__init__(UNFIT.sub("\ufffd", f"数据集 {path.name} 用不了，什么都没有写入。{body}"))
 
 
-class _Fault(Exception):
-    """(row, place, message): why a row cannot be read."""
-
-
 class Log:
     """What is found while a file is read: problems, and notes for the report."""
 
@@ -205,9 +201,7 @@ def fill_placeholders(rows: pd.DataFrame, values: dict[str, str]) -> pd.DataFram
         text = type(part) is str
         return marks.sub(lambda mark: values[mark[0]], part) if text else [*map(filled, part)]
 
-    done, report = rows.copy(), rows.attrs["report"]
-    for name in rows:
-        done[name] = [*map(filled, rows[name])]
+    done, report = rows.apply(lambda column: column.map(filled)), rows.attrs["report"]
     for mark, value in values.items():
         new = f"占位符 {mark} 换成了“{value}”"
         report = [said.replace(PLACEHOLDER.format(mark), new) for said in report]
@@ -267,7 +261,7 @@ def _json_rows(text: str, head: str, log: Log) -> Iterator[tuple[int, Any]]:
     array = head[0] == "[" and not (text[below : below + 1] == "[" and head.rstrip()[-1] == "]")
     place = _blank(text, place + array).end()
     try:
-        while text[place : place + 1] != "]" * array:
+        while text[place : place + 1] != "]" * array:  # "" is found where the text ends
             log.row += 1
             value, place = decoder.raw_decode(text, place)
             place = _blank(text, place).end()
@@ -363,8 +357,8 @@ def _plan(keys: tuple[str, ...]) -> SimpleNamespace:
     fault = f"缺少 {'、'.join(lost)}，这里有的是 {have}：{RENAME}"
     moved = [part for part in FIELDS if found[part] not in (None, part)]
     renamed = f"字段 {'、'.join(found[p] for p in moved)} 换成了 {'、'.join(moved)}" * bool(moved)
-    found |= {"line": line, "flags": flags, "rest": rest, "renamed": renamed}
-    return SimpleNamespace(**found, missing=() if read or line else (lost[0], fault))
+    found |= {"line": line, "flags": flags, "rest": rest, "renamed": renamed, "fault": fault}
+    return SimpleNamespace(**found, missing="" if read or line else lost[0])
 
 
 def _talks(value: Any) -> bool:
@@ -384,7 +378,7 @@ def _unwrapped(value: Any, log: Log) -> list:
         if plan.output in inner or "columns" in inner:  # pandas wrote columns, lists or "split"
             try:
                 table = pd.DataFrame(inner.get("data", inner), None, inner.get("columns"), object)
-                return table.to_dict("records")
+                return table.set_axis([*map(str, table)], axis=1).to_dict("records")
             except (ValueError, TypeError):
                 log.stop(f"内容是按列写的，可是各列不一样长，或者缺了格子。{ARRAY}")
         if not wrap and all(type(part) is dict or _talks(part) for part in value.values()):
@@ -423,10 +417,7 @@ def _hours(value: Any) -> float | None:
 
 
 def _chats(rows: Iterator, plan: SimpleNamespace, log: Log) -> Iterator[list]:
-    """The conversations of rows that are one message each; {} is the border of a scene.
-
-    The rooms of a chat may take turns, the scenes of a play do not.
-    """
+    """The conversations of rows that are one message each; {} is the border of a scene."""
     who, room, talks, last = plan.her or plan.who, None, {}, {}
     role_of = dict.fromkeys(("1", "true"), HER).get if plan.her else _role
     names = 1 if plan.her else f"{NAME}（或 assistant）"
@@ -438,7 +429,7 @@ def _chats(rows: Iterator, plan: SimpleNamespace, log: Log) -> Iterator[list]:
         here = row.get((plan.her and plan.room) or plan.scene)
         here = here or (row.get(plan.who) if plan.her and role != HER else room)
         room, before = _word(here), room
-        if not row or not (plan.her or room == before):
+        if not row or not (plan.her or room == before):  # rooms may take turns, scenes do not
             yield from talks.values()
             talks, last = {}, {}
         now, then = _hours(row.get(plan.time)), last.get(room)
@@ -456,10 +447,8 @@ def _chats(rows: Iterator, plan: SimpleNamespace, log: Log) -> Iterator[list]:
 
 
 def _lines(value: Any, log: Log, role="user", place="", learn=True) -> Iterator[tuple]:
-    """(row, role, text, place, learn) of all that a row, a list of turns, a turn or a text says.
-
-    An input has the role "input". `learn` is False for a bad answer, None out of a `history`.
-    """
+    """(row, role, text, place, learn) of all that a row, a list of turns, a turn or a text says."""
+    # An input has the role "input". `learn` is False for a bad answer, None out of a `history`.
     if type(value) is list:
         if len(value) == 2 and _word(value[0]) in ROLES:
             role, *value = value
@@ -469,7 +458,7 @@ def _lines(value: Any, log: Log, role="user", place="", learn=True) -> Iterator[
         return
     if type(value) is not dict:
         if not place:
-            raise _Fault(log.row, "", f"这一条应当是 {EXAMPLE}。")
+            log.stop(f"这一条应当是 {EXAMPLE}。", log.row)
         yield log.row, role, value, place, learn
         return
     plan = _plan(tuple(value))
@@ -480,7 +469,7 @@ def _lines(value: Any, log: Log, role="user", place="", learn=True) -> Iterator[
         log.note(f"标着 {key}: {_word(value[key])[:40]} 的是不好的回答，没有读入", log.row)
         learn = False
     if plan.missing and not (place or bad):
-        raise _Fault(log.row, *plan.missing)
+        log.stop(plan.fault, log.row, plan.missing)
     if plan.missing:  # who speaks is the name of the field; or nothing says so, and they take turns
         named = [key for key in value if key.lower() in ROLES]
         if plan.said and not named:
@@ -497,7 +486,7 @@ def _lines(value: Any, log: Log, role="user", place="", learn=True) -> Iterator[
         log.note(note, log.row)
     for key in (plan.history, plan.turns):
         if key and type(value[key]) is not list and value[key] not in (None, "", "[]"):
-            raise _Fault(log.row, key, "应当是一个数组，一问一答轮流写；CSV 放不下，用 JSON。")
+            log.stop("应当是一个数组，一问一答轮流写；CSV 放不下，用 JSON。", log.row, key)
     if type(past := value.get(plan.history)) is list:
         words = [ROLES.get(_word(one[0])) for one in past if type(one) is list and len(one) == 2]
         if len(words) == len(past) and any(words) and (None in words or {*words} == {HER}):
@@ -519,48 +508,45 @@ def _lines(value: Any, log: Log, role="user", place="", learn=True) -> Iterator[
         ask, answer = [text for pair in zip(ask, answer, strict=True) for text in pair], []
     answered = [*_lines(answer, log, HER, place or plan.output, learn)] if plan.output else []
     if len(answered) > 1 and all(_role(line[1]) == HER for line in answered):  # to choose from
-        raise _Fault(log.row, place or plan.output, NOT_TEXT)
+        log.stop(NOT_TEXT, log.row, place or plan.output)
     if plan.instruction and not any(_role(line[1]) == "user" for line in answered):
         asked = [*_lines(ask, log, "user", place or plan.instruction, learn)]
         if asked and answered and _role(asked[-1][1]) == HER:
-            raise _Fault(log.row, plan.instruction, "一问一答轮流写，问的要比答的多一句。")
+            log.stop("一问一答轮流写，问的要比答的多一句。", log.row, plan.instruction)
         if plan.input:
             yield log.row, "input", value[plan.input], place or plan.input, learn
         yield from asked
     yield from answered
 
 
-def _checked(number: int, role: Any, text: Any, place: str, learn: Any) -> str:
+def _checked(log: Log, number: int, role: str, text: Any, place: str, learn: Any) -> str:
     """The text of a line, which must be one, and be printable."""
     if type(text) is list:
         with suppress(TypeError, KeyError):  # no parts of a content, or a picture among them
             text = "".join(part["text"] for part in text)
     if type(text) is not str:
-        raise _Fault(number, place, NOT_TEXT)
+        log.stop(NOT_TEXT, number, place)
     if bad := UNFIT.search(text):
-        raise _Fault(number, place, f"第 {bad.start() + 1} 个字符是 U+{ord(bad[0]):04X}{UNFIT_IS}")
+        log.stop(f"第 {bad.start() + 1} 个字符是 U+{ord(bad[0]):04X}{UNFIT_IS}", number, place)
     return text
 
 
 def _turns(lines: list[tuple], log: Log) -> Iterator[tuple]:
-    """(number, question, input, answer, learn) of each answer, out of all the lines before it.
-
-    What one side says in a row is one text: several may speak before she does.
-    """
+    """(number, question, input, answer, learn) of each answer, out of all the lines before it."""
     others = "user" if any(line[1] in HERS for line in lines) else None  # people of a play
     asked, given = None, ""
     for role, group in groupby(lines, lambda line: _role(line[1]) or others):
-        group = [*group]
+        group = [*group]  # one text: several may speak before she does
         number, name, _, place, learn = group[0]
-        text = "\n".join([_checked(*line) for line in group])
+        text = "\n".join([_checked(log, *line) for line in group])
         if role == "system":
             log.note(SYSTEM, number)
         elif role == "input":
             given = text
         elif not role:
-            raise _Fault(number, place, f"角色 {name!s:.20} 不认识：她是 assistant，别人是 user。")
+            log.stop(f"角色 {name!s:.20} 不认识：她是 assistant，别人是 user。", number, place)
         elif not (text.strip() or (role == "user" and given.strip())):
-            raise _Fault(number, place, "是空的，请写上问她的话和她的回答。")
+            log.stop("是空的，请写上问她的话和她的回答。", number, place)
         elif role == "user":
             asked = text
         elif asked is not None:
@@ -580,8 +566,8 @@ def _collected(dialogues: Iterator, log: Log) -> tuple:
         said: list[list[str]] = []
         try:
             turns = [*_turns([*lines], log)]
-        except _Fault as fault:
-            log.problem(*fault.args)
+        except DatasetError as error:  # of this dialogue; there may be more to mend
+            log.problem(*error.problems[0])
             continue
         for number, ask, given, answer, learn in turns:
             both = "\n".join((ask, given, answer))
