@@ -64,7 +64,8 @@ PARTS = (*FIELDS, "turns", "history", "system", "rejected")
 ROLES = dict.fromkeys(("user", "human", "prompter", "用户", "客户", "customer"), "user")
 ROLES |= dict.fromkeys(("assistant", "gpt", "bot", "chatgpt", "model", "ai", "助手"), "assistant")
 ROLES |= {"system": "system", "developer": "system"}
-HERS = {name.lower() for name in (NAME, *CALLED)}
+HERS = {name.lower(): HER for name in (NAME, *CALLED)}
+_role = (ROLES | HERS | {"input": "input"}).get
 # What marks bad answers, and how; of any other mark nothing is certain.
 FLAGS = {"label", "kto_tag", "weight", "loss", "train", "is_good", "accepted", "chosen", "status"}
 BAD = {"false", "0", "0.0", "-1", "bad", "negative", "undesirable", "rejected", "差", "坏", "不好"}
@@ -119,10 +120,6 @@ class DatasetError(CourseError):
         body = "\n  ".join([""] * (len(lines) > 1) + lines)
         # It quotes the file: nothing that a terminal could not print.
         super().__init__(UNFIT.sub("\ufffd", f"数据集 {path.name} 用不了，什么都没有写入。{body}"))
-
-
-class _Fault(Exception):
-    """(row, place, message): why a row cannot be read."""
 
 
 class Log:
@@ -204,9 +201,7 @@ def fill_placeholders(rows: pd.DataFrame, values: dict[str, str]) -> pd.DataFram
         text = type(part) is str
         return marks.sub(lambda mark: values[mark[0]], part) if text else [*map(filled, part)]
 
-    done, report = rows.copy(), rows.attrs["report"]
-    for name in rows:
-        done[name] = [*map(filled, rows[name])]
+    done, report = rows.apply(lambda column: column.map(filled)), rows.attrs["report"]
     for mark, value in values.items():
         new = f"占位符 {mark} 换成了“{value}”"
         report = [said.replace(PLACEHOLDER.format(mark), new) for said in report]
@@ -250,36 +245,33 @@ def _values(text: str, log: Log) -> Iterator[tuple[int, Any]]:
     return _json_rows(text, head[0], log) if _jsonish(text) else _script(text, log)
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict:
-    value = dict(pairs)
-    if len(value) < len(pairs):  # which of them is meant?
-        (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
-        raise _Fault(0, twice, "同一个对象里写了不止一次，请只留一个。")
-    return value
-
-
-# Numbers of any length stay as they are written.
-_JSON = json.JSONDecoder(object_pairs_hook=_once, parse_int=Decimal, parse_float=Decimal)
-
-
 def _json_rows(text: str, head: str, log: Log) -> Iterator[tuple[int, Any]]:
     """The items of an array, or one value after another, as in JSON Lines."""
-    number, place = 0, _blank(text).end()
+
+    def once(pairs: list[tuple[str, Any]]) -> dict:
+        if len(value := dict(pairs)) < len(pairs):  # which of them is meant?
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            log.stop("同一个对象里写了不止一次，请只留一个。", log.row, twice)
+        return value
+
+    # Numbers of any length stay as they are written.
+    decoder = json.JSONDecoder(object_pairs_hook=once, parse_int=Decimal, parse_float=Decimal)
+    place = _blank(text).end()
     below = _blank(text, place + len(head)).end()
     array = head[0] == "[" and not (text[below : below + 1] == "[" and head.rstrip()[-1] == "]")
     place = _blank(text, place + array).end()
     try:
-        while text[place : place + 1] != "]" if array else place < len(text):
-            log.row = number = number + 1
-            value, place = _JSON.raw_decode(text, place)
+        while text[place : place + 1] != "]" * array:  # "" is found where the text ends
+            log.row += 1
+            value, place = decoder.raw_decode(text, place)
             place = _blank(text, place).end()
-            if number == 1 and not array and place == len(text):
+            if log.row == 1 and not array and place == len(text):
                 return (yield from enumerate(_unwrapped(value, log), 1))
-            yield number, value
+            yield log.row, value
             if array and (text[place : place + 1] or " ") not in ",]{[":
                 raise json.JSONDecodeError("Expecting ',' delimiter", text, place)
             place = _blank(text, place + (text[place : place + 1] == ",")).end()
-        if array and (place := _blank(text, place + 1).end()) < len(text):
+        if (place := _blank(text, place + array).end()) < len(text):
             raise json.JSONDecodeError("Extra data", text, place)
     except json.JSONDecodeError as error:
         before, here = text[max(0, error.pos - 60) : error.pos].rstrip(), text[error.pos :][:40]
@@ -287,31 +279,27 @@ def _json_rows(text: str, head: str, log: Log) -> Iterator[tuple[int, Any]]:
         remedy = next(r for msg, spot, r in REMEDIES if says.startswith(msg) and re.match(spot, at))
         near = " ".join((before[-12:] + here[:12]).split())
         where = f"文件第 {error.lineno} 行第 {error.colno} 个字符（{near}）附近不合 JSON 的写法"
-        log.stop(f"{where}：{remedy}", number)
-    except _Fault as fault:
-        log.stop(fault.args[2], number, fault.args[1])
+        log.stop(f"{where}：{remedy}", log.row)
 
 
 def _csv_rows(text: str, head: str, log: Log) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(2**31 - 1)  # Python refuses cells beyond 128 KiB
     lines, delimiter = (match[0] for match in LINES.finditer(text)), max(",;\t", key=head.count)
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    number, header = 0, []
+    reader, header = csv.reader(lines, delimiter=delimiter, strict=True), []
+    filled = (cells for cells in reader if "".join(cells).strip())  # no empty lines
     try:
-        header = [cell.strip() for cell in next(filter(any, reader))]
+        header = [cell.strip() for cell in next(filled, [])]
         twice = any(header.count(name) > 1 for name in {*header} & KNOWN)
         if twice or _plan(tuple(header)).missing:
             fault = "同名的列请只留一列。" if twice else RENAME
             log.stop(HEADER.format("”“".join(header)[:400]) + fault)
-        for cells in reader:
-            if "".join(cells).strip():  # else an empty line
-                number += 1
-                if len(cells) == len(header) and not any(cell.startswith(' "') for cell in cells):
-                    yield number, dict(zip(header, cells, strict=True))
-                else:
-                    log.problem(number, "", CELLS.format(reader.line_num, len(cells), len(header)))
+        for log.row, cells in enumerate(filled, 1):
+            if len(cells) == len(header) and not any(cell.startswith(' "') for cell in cells):
+                yield log.row, dict(zip(header, cells, strict=True))
+            else:
+                log.problem(log.row, "", CELLS.format(reader.line_num, len(cells), len(header)))
     except csv.Error:  # Python 3.10 refuses NUL, too
-        log.stop(f"从这里起引号没有配对，或者有空字符：{QUOTING}", number + bool(header))
+        log.stop(f"从这里起引号没有配对，或者有空字符：{QUOTING}", log.row + bool(header))
 
 
 def _script(text: str, log: Log) -> Iterator[tuple[int, Any]]:
@@ -320,13 +308,14 @@ def _script(text: str, log: Log) -> Iterator[tuple[int, Any]]:
     rows, others, log.unit = [], 0, "行"
     for number, match in enumerate(LINES.finditer(text), 1):
         line = match[0].strip()
-        if speech := None if _scene(line) else _speech(line):
+        if _scene(line) or not line:
+            if rows and (line or gaps):
+                rows.append((number, {}))
+        elif speech := _speech(line):
             rows.append((number, {"role": speech[1].strip(" *"), "content": speech[2]}))
-        elif line and not _scene(line):
+        else:
             others += 1
             log.note("没有“名字：”的没有读入，是台词的请接在上一行后面", number)
-        elif rows and (line or gaps):
-            rows.append((number, {}))
     names = [*dict.fromkeys(row["role"] for _, row in rows if row)]
     if len(rows) < others or not any(_role(_word(name)) == HER for name in names):
         log.stop(f"{PROSE}（这里开口的有：{'、'.join(names[:NAMED]) or '没有人'}）。")
@@ -335,10 +324,6 @@ def _script(text: str, log: Log) -> Iterator[tuple[int, Any]]:
 
 def _word(value: Any) -> str:
     return "" if type(value) in (list, dict) else str(value).strip().lower()
-
-
-def _role(word: str) -> str | None:
-    return HER if word in HERS else word if word == "input" else ROLES.get(word)
 
 
 @lru_cache(maxsize=1000)  # nearly all rows of a file have the same keys
@@ -372,8 +357,8 @@ def _plan(keys: tuple[str, ...]) -> SimpleNamespace:
     fault = f"缺少 {'、'.join(lost)}，这里有的是 {have}：{RENAME}"
     moved = [part for part in FIELDS if found[part] not in (None, part)]
     renamed = f"字段 {'、'.join(found[p] for p in moved)} 换成了 {'、'.join(moved)}" * bool(moved)
-    found |= {"line": line, "flags": flags, "rest": rest, "renamed": renamed}
-    return SimpleNamespace(**found, missing=() if read or line else (lost[0], fault))
+    found |= {"line": line, "flags": flags, "rest": rest, "renamed": renamed, "fault": fault}
+    return SimpleNamespace(**found, missing="" if read or line else lost[0])
 
 
 def _talks(value: Any) -> bool:
@@ -393,7 +378,7 @@ def _unwrapped(value: Any, log: Log) -> list:
         if plan.output in inner or "columns" in inner:  # pandas wrote columns, lists or "split"
             try:
                 table = pd.DataFrame(inner.get("data", inner), None, inner.get("columns"), object)
-                return table.to_dict("records")
+                return table.set_axis([*map(str, table)], axis=1).to_dict("records")
             except (ValueError, TypeError):
                 log.stop(f"内容是按列写的，可是各列不一样长，或者缺了格子。{ARRAY}")
         if not wrap and all(type(part) is dict or _talks(part) for part in value.values()):
@@ -432,23 +417,19 @@ def _hours(value: Any) -> float | None:
 
 
 def _chats(rows: Iterator, plan: SimpleNamespace, log: Log) -> Iterator[list]:
-    """The conversations of rows that are one message each; {} is the border of a scene.
-
-    The rooms of a chat may take turns, the scenes of a play do not.
-    """
+    """The conversations of rows that are one message each; {} is the border of a scene."""
     who, room, talks, last = plan.her or plan.who, None, {}, {}
-    names = f"{NAME}（或 assistant）"
-    log.note(f"每{log.unit}是一句话：{who} 是 {1 if plan.her else names} 的是回答，之前的是问题")
+    role_of = dict.fromkeys(("1", "true"), HER).get if plan.her else _role
+    names = 1 if plan.her else f"{NAME}（或 assistant）"
+    log.note(f"每{log.unit}是一句话：{who} 是 {names} 的是回答，之前的是问题")
     for log.row, row in rows:
         row = row if type(row) is dict else {}
-        role = _role(_word(row.get(who))) or "user"
-        if plan.her:
-            role = HER if _word(row.get(who)) in ("1", "true") else "user"
+        role = role_of(_word(row.get(who))) or "user"
         # Where no column names the room, whoever else speaks does.
         here = row.get((plan.her and plan.room) or plan.scene)
         here = here or (row.get(plan.who) if plan.her and role != HER else room)
         room, before = _word(here), room
-        if not row or not (plan.her or room == before):
+        if not row or not (plan.her or room == before):  # rooms may take turns, scenes do not
             yield from talks.values()
             talks, last = {}, {}
         now, then = _hours(row.get(plan.time)), last.get(room)
@@ -466,10 +447,8 @@ def _chats(rows: Iterator, plan: SimpleNamespace, log: Log) -> Iterator[list]:
 
 
 def _lines(value: Any, log: Log, role="user", place="", learn=True) -> Iterator[tuple]:
-    """(row, role, text, place, learn) of all that a row, a list of turns, a turn or a text says.
-
-    An input has the role "input". `learn` is False for a bad answer, None out of a `history`.
-    """
+    """(row, role, text, place, learn) of all that a row, a list of turns, a turn or a text says."""
+    # An input has the role "input". `learn` is False for a bad answer, None out of a `history`.
     if type(value) is list:
         if len(value) == 2 and _word(value[0]) in ROLES:
             role, *value = value
@@ -479,7 +458,7 @@ def _lines(value: Any, log: Log, role="user", place="", learn=True) -> Iterator[
         return
     if type(value) is not dict:
         if not place:
-            raise _Fault(log.row, "", f"这一条应当是 {EXAMPLE}。")
+            log.stop(f"这一条应当是 {EXAMPLE}。", log.row)
         yield log.row, role, value, place, learn
         return
     plan = _plan(tuple(value))
@@ -490,7 +469,7 @@ def _lines(value: Any, log: Log, role="user", place="", learn=True) -> Iterator[
         log.note(f"标着 {key}: {_word(value[key])[:40]} 的是不好的回答，没有读入", log.row)
         learn = False
     if plan.missing and not (place or bad):
-        raise _Fault(log.row, *plan.missing)
+        log.stop(plan.fault, log.row, plan.missing)
     if plan.missing:  # who speaks is the name of the field; or nothing says so, and they take turns
         named = [key for key in value if key.lower() in ROLES]
         if plan.said and not named:
@@ -507,7 +486,7 @@ def _lines(value: Any, log: Log, role="user", place="", learn=True) -> Iterator[
         log.note(note, log.row)
     for key in (plan.history, plan.turns):
         if key and type(value[key]) is not list and value[key] not in (None, "", "[]"):
-            raise _Fault(log.row, key, "应当是一个数组，一问一答轮流写；CSV 放不下，用 JSON。")
+            log.stop("应当是一个数组，一问一答轮流写；CSV 放不下，用 JSON。", log.row, key)
     if type(past := value.get(plan.history)) is list:
         words = [ROLES.get(_word(one[0])) for one in past if type(one) is list and len(one) == 2]
         if len(words) == len(past) and any(words) and (None in words or {*words} == {HER}):
@@ -529,48 +508,45 @@ def _lines(value: Any, log: Log, role="user", place="", learn=True) -> Iterator[
         ask, answer = [text for pair in zip(ask, answer, strict=True) for text in pair], []
     answered = [*_lines(answer, log, HER, place or plan.output, learn)] if plan.output else []
     if len(answered) > 1 and all(_role(line[1]) == HER for line in answered):  # to choose from
-        raise _Fault(log.row, place or plan.output, NOT_TEXT)
+        log.stop(NOT_TEXT, log.row, place or plan.output)
     if plan.instruction and not any(_role(line[1]) == "user" for line in answered):
         asked = [*_lines(ask, log, "user", place or plan.instruction, learn)]
         if asked and answered and _role(asked[-1][1]) == HER:
-            raise _Fault(log.row, plan.instruction, "一问一答轮流写，问的要比答的多一句。")
+            log.stop("一问一答轮流写，问的要比答的多一句。", log.row, plan.instruction)
         if plan.input:
             yield log.row, "input", value[plan.input], place or plan.input, learn
         yield from asked
     yield from answered
 
 
-def _checked(number: int, role: Any, text: Any, place: str, learn: Any) -> str:
+def _checked(log: Log, number: int, role: str, text: Any, place: str, learn: Any) -> str:
     """The text of a line, which must be one, and be printable."""
     if type(text) is list:
         with suppress(TypeError, KeyError):  # no parts of a content, or a picture among them
             text = "".join(part["text"] for part in text)
     if type(text) is not str:
-        raise _Fault(number, place, NOT_TEXT)
+        log.stop(NOT_TEXT, number, place)
     if bad := UNFIT.search(text):
-        raise _Fault(number, place, f"第 {bad.start() + 1} 个字符是 U+{ord(bad[0]):04X}{UNFIT_IS}")
+        log.stop(f"第 {bad.start() + 1} 个字符是 U+{ord(bad[0]):04X}{UNFIT_IS}", number, place)
     return text
 
 
 def _turns(lines: list[tuple], log: Log) -> Iterator[tuple]:
-    """(number, question, input, answer, learn) of each answer, out of all the lines before it.
-
-    What one side says in a row is one text: several may speak before she does.
-    """
+    """(number, question, input, answer, learn) of each answer, out of all the lines before it."""
     others = "user" if any(line[1] in HERS for line in lines) else None  # people of a play
     asked, given = None, ""
     for role, group in groupby(lines, lambda line: _role(line[1]) or others):
-        group = [*group]
+        group = [*group]  # one text: several may speak before she does
         number, name, _, place, learn = group[0]
-        text = "\n".join([_checked(*line) for line in group])
+        text = "\n".join([_checked(log, *line) for line in group])
         if role == "system":
             log.note(SYSTEM, number)
         elif role == "input":
             given = text
         elif not role:
-            raise _Fault(number, place, f"角色 {name!s:.20} 不认识：她是 assistant，别人是 user。")
+            log.stop(f"角色 {name!s:.20} 不认识：她是 assistant，别人是 user。", number, place)
         elif not (text.strip() or (role == "user" and given.strip())):
-            raise _Fault(number, place, "是空的，请写上问她的话和她的回答。")
+            log.stop("是空的，请写上问她的话和她的回答。", number, place)
         elif role == "user":
             asked = text
         elif asked is not None:
@@ -590,8 +566,8 @@ def _collected(dialogues: Iterator, log: Log) -> tuple:
         said: list[list[str]] = []
         try:
             turns = [*_turns([*lines], log)]
-        except _Fault as fault:
-            log.problem(*fault.args)
+        except DatasetError as error:  # of this dialogue; there may be more to mend
+            log.problem(*error.problems[0])
             continue
         for number, ask, given, answer, learn in turns:
             both = "\n".join((ask, given, answer))
