@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -81,9 +82,27 @@ def test_five_notebooks_stored_clean():
 
 
 def test_a_code_cell_fits_the_screen():
-    for name, cell in CELLS:
-        if cell.cell_type == "code":
-            assert len(cell.source.splitlines()) <= 20, (name, cell.id)
+    for name, book in SOURCES.items():
+        lines = {c.id: len(c.source.splitlines()) for c in book.cells if c.cell_type == "code"}
+        assert not [id for id, count in lines.items() if count > 16], name
+        assert statistics.median(lines.values()) <= 7, name
+
+
+MAIN_LINE = {"01_setup": 22, "02_preprocess": 36, "03_train_lora": 40, "04_infer": 35}
+
+
+def test_a_first_pass_is_short():
+    """What is left without the exercises and the sections that may be skipped."""
+    for name, book in SOURCES.items():
+        count, skipped = 0, False
+        for cell in book.cells:
+            if cell.id.startswith("exercise-"):
+                continue
+            if cell.cell_type == "markdown":
+                for heading in re.findall(r"^##? .+", cell.source, re.M):
+                    skipped = "选读" in heading
+            count += not skipped
+        assert count <= MAIN_LINE.get(name, 18), (name, count)
 
 
 def test_no_absolute_paths_and_no_profile_names_in_code():
@@ -321,12 +340,20 @@ def test_a_bad_dataset_is_one_message_and_nothing_written(tmp_path, content, say
     assert not (tmp_path / "run").exists()
 
 
+def printed(run_dir, notebook: str) -> str:
+    """What the cells of an executed copy have printed."""
+    book = nbformat.read(run_dir / "executed" / f"{notebook}.ipynb", as_version=4)
+    outputs = [output for cell in book.cells for output in cell.get("outputs", [])]
+    return "".join(output.get("text", "") for output in outputs)
+
+
 def test_04_answers_again_after_a_restart(finished_run):
-    """A new kernel on the same run directory gives the same answers."""
+    """A new kernel on the same run directory gives the same answers, and so does the pack."""
     before = finished_run.path("answers").read_text(encoding="utf-8")
     done = run_course("04_infer", "05_cleanup")
     assert done.returncode == 0, done.stderr
     assert finished_run.path("answers").read_text(encoding="utf-8") == before
+    assert "和带走之前的回答一字不差。" in printed(finished_run.run_dir, "04_infer")
 
 
 def test_executed_copies_are_stamped_and_readable(finished_run):
@@ -379,8 +406,9 @@ def test_a_killed_kernel_and_ctrl_c_are_a_sentence_and_training_goes_on(tmp_path
     psutil.wait_procs([kernel], timeout=30)
     done = run_course("03_train_lora", **given)
     assert done.returncode == 0, done.stderr
-    text = (tmp_path / "run" / "executed" / "03_train_lora.ipynb").read_text(encoding="utf-8")
-    assert "接着训练。" in text
+    said = printed(tmp_path / "run", "03_train_lora")
+    assert "接着训练。" in said
+    assert "与内存里训练好的逐一相同" in said and "给出的分数，最大差别：0\n" in said
 
 
 def execute(*cells):

@@ -74,6 +74,18 @@ def test_timing_the_splits_changes_nothing(tokenizer, tmp_path, run_dir, capsys)
         assert torch.equal(weights(timed)[name], tensor)
 
 
+def test_a_trial_adapter_is_thrown_away_even_when_stopped(tokenizer, tmp_path):
+    model = small_trainer(tokenizer, tmp_path).model
+    lora = model.peft_config["default"]
+    learning = [name for name, p in model.named_parameters() if p.requires_grad]
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt), train.trial_adapter(model, lora):
+            assert all("trial" in n for n, p in model.named_parameters() if p.requires_grad)
+            raise KeyboardInterrupt
+    assert [*model.peft_config] == ["default"] == model.active_adapters
+    assert learning == [name for name, p in model.named_parameters() if p.requires_grad]
+
+
 @pytest.fixture
 def interrupted(tokenizer, run_dir):
     """A course whose training of 4 steps stopped after the third; and its recipe."""

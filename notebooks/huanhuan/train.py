@@ -335,6 +335,18 @@ def as_if_trained(model) -> Iterator[None]:
                 p.data.copy_(values)
 
 
+@contextlib.contextmanager
+def trial_adapter(model, config: LoraConfig) -> Iterator[None]:
+    """Inside, a fresh adapter by `config` is the one that learns; then it is thrown away."""
+    model.add_adapter("trial", config)
+    model.set_adapter("trial")
+    try:
+        yield
+    finally:  # stopped half-way, it may be tried again
+        model.set_adapter("default")
+        model.delete_adapter("trial")
+
+
 def trainable_share(model) -> str:
     """One line: how many parameters train, of how many."""
     train = sum(p.numel() for p in model.parameters() if p.requires_grad)
