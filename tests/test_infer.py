@@ -311,6 +311,7 @@ THROWN = [
 ]  # fmt: skip
 
 
+@pytest.mark.newest
 def test_at_least_a_hundred_strange_inputs_neither_crash_the_chat_nor_change_roles(
     tuned, tokenizer, tmp_path
 ):

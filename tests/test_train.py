@@ -398,6 +398,7 @@ def test_activations_are_as_large_as_estimated(dtype):
     assert needs["适配器与优化器"] * train.GIB == 16 * trained
 
 
+@pytest.mark.newest
 def test_the_3b_fits_where_we_say(genuine):
     """The shape of Llama-3.2-3B and rows as long as the dataset's: which split on which card?"""
     config = LlamaConfig(
@@ -579,6 +580,7 @@ def losses_of(run_dir):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.newest
 def test_killed_at_20_random_moments_the_losses_are_those_of_a_run_never_killed(tmp_path):
     code = textwrap.dedent(KILLED).format(tests=str(ROOT / "tests"), notebooks=str(NOTEBOOKS))
     runs = {}

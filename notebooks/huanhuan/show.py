@@ -360,7 +360,7 @@ def file_picker(course: Course, check: Callable[[Path], pd.DataFrame]):
                     f"<pre>⛔ {html.escape(str(error))}</pre>"
                     f"没有收下这个文件，用的仍然是：{html.escape(in_force())}。"
                 )
-                button.value = type(button.value)()  # the button counts it no more
+                button.set_trait("value", type(button.value)())  # it is counted no more
                 return
         target = course.run_dir / "uploads" / name
         target.parent.mkdir(parents=True, exist_ok=True)
