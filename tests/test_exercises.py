@@ -160,6 +160,7 @@ PROCESS = {
     "too_long": rows_of(lambda t, e, p: p(t, e, fits=False)),
     "head_lost": rows_of(lambda t, e, p: cut(p(t, e, fits=False), slice(-LONG, None))),
     "taught": rows_of(lambda t, e, p: p(t, e, [*text_ids(t, e["output"] + "嗯"), end_id(t)])),
+    "history": rows_of(lambda t, e, p: p(t, e | {"history": []})),
     "prompt": rows_of(other_prompt),
 }  # fmt: skip
 

@@ -364,6 +364,8 @@ def test_executed_copies_are_stamped_and_readable(finished_run):
     )
     assert finished_run.manifest["versions"]["transformers"] in page
     assert "删变量" in page
+    assert page.count("<details><summary>参考答案") == page.count("celltag_solution celltag") == 3
+    assert '<a href="01_setup.html"' in page
 
 
 def small_run(run_dir, **settings):

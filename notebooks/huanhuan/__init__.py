@@ -1,5 +1,6 @@
 """The helper of the five notebooks: what they use and do not teach."""
 
+import logging
 import os
 import re
 import sys
@@ -8,6 +9,9 @@ from pathlib import Path
 
 # Announcements between libraries about their own next major version; nothing a learner could mend.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.|peft\.")
+logging.getLogger("bitsandbytes").setLevel(
+    logging.ERROR
+)  # asks for a package that nobody here needs
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent
 DATA = NOTEBOOKS.parent / "data"

@@ -160,14 +160,23 @@ def freeze_widgets(notebook: nbformat.NotebookNode) -> None:
     notebook.metadata.pop("widgets", None)
 
 
+SOLUTION = re.compile(r'(celltag_solution.*?)(<div class="highlight.*?</pre></div>)', re.DOTALL)
+
+
 def offline(page: str) -> str:
-    """`page` without what would be fetched from elsewhere, and readable on a telephone."""
+    """`page` without what would be fetched from elsewhere, readable on a telephone, solutions folded.
+
+    Its links lead to the other pages.
+    """
     style = (
         "<style>.jp-InputArea-editor{overflow-x:auto}"
+        ".jp-RenderedMarkdown pre{font-family:monospace;background:#f5f5f5;overflow-x:auto}"
         ".jp-RenderedSVG img{max-width:100%;height:auto}</style>\n</head>"
     )
     page = re.sub(r'<script src="https?://[^>]*>\s*</script>', "", page)
-    return page.replace("</head>", style, 1)
+    page = re.sub(r'(<a href="\w+)\.ipynb"', r'\1.html"', page)
+    folded = r"\1<details><summary>参考答案：先自己想一想</summary>\2</details>"
+    return SOLUTION.sub(folded, page).replace("</head>", style, 1)
 
 
 def report(course: Course, answers: list[dict]) -> str:

@@ -300,11 +300,18 @@ def exercise_2_3(answer, row, text: str):
 def exercise_2_4(answer, tokenizer, max_length: int):
     end, bos = end_id(tokenizer), tokenizer.bos_token_id
     mark, long = tokenizer.decode([end]), "臣妾有一事不明，" * max_length
-    rows = {"短的": (WHO, f"我是{NAME}。"), "带标记的": (f"{mark}是什么？", f"写作{mark}。")}
+    rows = {
+        "短的": (WHO, f"我是{NAME}。", []),
+        "带标记的": (f"{mark}是什么？", f"写作{mark}。", []),
+    }
+    rows |= {
+        "长的": (long, "准了。", []),
+        "有前文的": ("后来呢？", "睡了。", [[WHO, f"我是{NAME}。"]]),
+    }
     prompts = [prompt_ids(tokenizer, question) for question in ("天", "一")]
     same = next(i for i, (a, b) in enumerate(zip(*prompts, strict=False)) if a != b)  # before it
-    for row, (asked, said) in (rows | {"长的": (long, "准了。")}).items():
-        example = {"instruction": asked, "input": "", "output": said, "history": []}
+    for row, (asked, said, turns) in rows.items():
+        example = {"instruction": asked, "input": "", "output": said, "history": turns}
         made, reply = call(answer, example), [*text_ids(tokenizer, said), end]
         fields = ("input_ids", "labels", "attention_mask")
         insist(hasattr(made, "keys") and {*fields} <= {*made.keys()}, "no_fields")
@@ -318,7 +325,8 @@ def exercise_2_4(answer, tokenizer, max_length: int):
             "too_long": len(ids) <= max_length,
             "head_lost": ids[:same] == prompts[0][:same],
             "taught": taught == reply == ids[-len(reply) :],
-            "prompt": asked == long or ids[: -len(reply)] == prompt_ids(tokenizer, asked),
+            "history": not turns or ids[: -len(reply)] != prompt_ids(tokenizer, asked),
+            "prompt": asked == long or ids[: -len(reply)] == prompt_ids(tokenizer, asked, turns),
         }
         for name, holds in fine.items():
             insist(holds, name, row=row)

@@ -278,10 +278,10 @@ def past_runs(course: Course) -> pd.DataFrame:
 SCORES = {
     "秩 r": ["rank"],
     "学习率": ["rate"],
-    "验证集损失（低好）": ["loss_base", "loss_tuned"],
-    "说出自己是谁（没见过的问法，多好）": ["name_base", "name_tuned"],
-    "知道的事（没见过的问法，多好）": ["facts_base", "facts_tuned"],
-    "普通问题，答对（多好）": ["general_base_alone", "general_tuned_alone"],
+    "验证集损失（越低越好）": ["loss_base", "loss_tuned"],
+    "说出自己是谁（没见过的问法，越多越好）": ["name_base", "name_tuned"],
+    "知道的事（没见过的问法，越多越好）": ["facts_base", "facts_tuned"],
+    "普通问题，答对（越多越好）": ["general_base_alone", "general_tuned_alone"],
 }
 
 

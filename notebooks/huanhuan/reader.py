@@ -497,7 +497,7 @@ def _lines(value: Any, log: Log, role="user", place="", learn=True) -> Iterator[
         if roles != ["user", HER] * (len(roles) // 2):
             log.note("history 里的话不是一问一答，没有读入", log.row)
         elif any(line[2] for line in past):
-            log.note("history 是这一条的前文，其中的回答也各成一条", log.row)
+            log.note("带着前文（history），每个回答各成一条", log.row)
             yield from past
     if plan.line:
         yield log.row, _word(value.get(plan.who)), value[plan.said], place, learn

@@ -637,24 +637,26 @@ def trial_steps(seconds: float, steps: int, trainings: int) -> int:
 
 
 class Progress(transformers.TrainerCallback):
-    """Says how far the training is: step, loss, minutes left. Every tenth step, or after 8 seconds."""
+    """Says how far the training is: step, loss, minutes left. Where it is logged, or after 8 seconds."""
 
     def on_train_begin(self, args, state, control, **_):
-        self.began, self.said, self.first, self.loss = time.time(), 0.0, state.global_step, ""
+        self.began, self.said, self.first = time.time(), 0.0, state.global_step
 
     def on_log(self, args, state, control, logs=None, **_):
-        if logs and "loss" in logs:
-            self.loss = f"，损失 {float(logs['loss']):.3f}"
+        if logs and "loss" in logs:  # the mean since the one before
+            self.say(state, f"，损失 {float(logs['loss']):.3f}")
 
     def on_step_end(self, args, state, control, **_):
-        now, done = time.time(), state.global_step - self.first
-        last = state.global_step == state.max_steps
-        if state.is_world_process_zero and (
-            done == 1 or last or state.global_step % 10 == 0 or now - self.said >= 8
-        ):
-            left = lasting((now - self.began) / done * (state.max_steps - state.global_step))
-            print(f"… 第 {state.global_step} / {state.max_steps} 步{self.loss}，还要 {left}")
-            self.said = now
+        done, last = state.global_step - self.first, state.global_step == state.max_steps
+        # What this step is to log comes after it.
+        if not control.should_log and (done == 1 or last or time.time() - self.said >= 8):
+            self.say(state)
+
+    def say(self, state, loss: str = "") -> None:
+        if state.is_world_process_zero:
+            self.said, to_go = time.time(), state.max_steps - state.global_step
+            left = lasting((self.said - self.began) / (state.global_step - self.first) * to_go)
+            print(f"… 第 {state.global_step} / {state.max_steps} 步{loss}，还要 {left}")
 
 
 class Stop(transformers.TrainerCallback):
@@ -747,8 +749,7 @@ class CourseTrainer(transformers.Trainer):
             except KeyboardInterrupt:
                 saved = max(map(_step, _checkpoints(folder)), default=0)
                 raise CourseError(
-                    f"马上停了，第 {self.state.global_step + 1} 步没有算完；存好的是第 {saved} 步。"
-                    "再运行这一格，就从那里接着训练。"
+                    f"马上停了，手上这一步没有算完；存好的是第 {saved} 步。再运行这一格，就从那里接着训练。"
                 ) from None
             except (RuntimeError, MemoryError) as error:
                 smaller = self.split.smaller()
