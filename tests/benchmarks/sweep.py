@@ -34,10 +34,11 @@ from huanhuan.prompt import end_id, prompt_ids, text_ids  # noqa: E402
 from huanhuan.reader import load_rows  # noqa: E402
 
 USUAL = {"rate": 1.2e-3, "epochs": 2, "rank": 8, "rows": None, "ordinary": 0.0}
+FORGETFUL = 1.5e-2  # a rate at which she learns all and forgets much
 RECIPES = [
-    {}, {"rate": 1e-4}, {"rate": 1e-2}, {"rank": 1}, {"rank": 32}, {"epochs": 1}, {"epochs": 4},
-    {"rows": 100}, {"rows": 400}, {"rate": 4e-3}, {"rate": 4e-3, "ordinary": 0.1},
-    {"rate": 4e-3, "ordinary": 0.2}, {"rate": 4e-3, "ordinary": 0.5},
+    {}, {"rate": 1e-4}, {"rate": 2e-2}, {"epochs": 1}, {"epochs": 4}, {"rank": 1}, {"rank": 32},
+    {"rows": 400}, {"rows": 100}, {"rows": 100, "epochs": 20}, {"rows": 100, "epochs": 60},
+    {"rate": FORGETFUL}, *({"rate": FORGETFUL, "ordinary": share} for share in (0.1, 0.2, 0.5)),
 ]  # fmt: skip
 
 

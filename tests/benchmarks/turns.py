@@ -5,7 +5,8 @@ turns before it, or every question and answer by itself (what a reader does that
 Then it is asked the later questions of dialogues that neither saw ("要蒸多久呢？"), after the turns
 that went before. A question counts as answered in the conversation's sense where, of four answers
 that people wrote to such questions, its own and those of three other conversations, its own is the
-likeliest (mean log-probability of a token): guessing gets a quarter.
+likeliest (mean log-probability of a token): guessing gets a quarter. And the two models are compared
+by how likely each finds the answer that people wrote.
 
     python tests/benchmarks/turns.py [--out tests/benchmarks/results/turns.json]
 """
@@ -84,9 +85,10 @@ def likelihood(model, prompt: list[int], answer: list[int]) -> float:
     return scores.log_softmax(-1)[range(len(answer)), answer].mean().item()
 
 
-def in_its_sense(model, tokenizer, asked: list[dict]) -> list[bool]:
+def in_its_sense(model, tokenizer, asked: list[dict]) -> tuple[list[bool], list[float]]:
+    """Of every question: is its own answer the likeliest, and how likely (see :func:`likelihood`)."""
     answers = [text_ids(tokenizer, row["output"]) + [end_id(tokenizer)] for row in asked]
-    found = []
+    found, likely = [], []
     for place, row in enumerate(asked):
         others = [i % len(asked) for i in range(place, place + len(asked))]
         others = [i for i in others if asked[i]["began"] != row["began"]]
@@ -94,7 +96,8 @@ def in_its_sense(model, tokenizer, asked: list[dict]) -> list[bool]:
         prompt = prompt_ids(tokenizer, question_of(row), row["history"])
         mine, *rest = (likelihood(model, prompt, one) for one in (answers[place], *others))
         found.append(mine > max(rest))
-    return found
+        likely.append(mine)
+    return found, likely
 
 
 def main() -> None:
@@ -106,9 +109,10 @@ def main() -> None:
     later = held.assign(began=opening(held))[held["history"].map(len) > 0].to_dict("records")
     print(f"{len(rows)} rows to train on; {len(later)} later questions of {HELD_OUT} dialogues")
     record: dict = {"questions": len(later), "shown": []}
+    likely = {}
     for name, turns in (("turns", True), ("single", False)):
         model = trained(tokenizer, tokenized(tokenizer, rows, turns))
-        right = in_its_sense(model, tokenizer, later)
+        right, likely[name] = in_its_sense(model, tokenizer, later)
         record[name] = sum(right)
         print(f"{name}: {infer.share(sum(right), len(right))}", flush=True)
         shown = later[:: len(later) // SHOWN][:SHOWN]
@@ -121,6 +125,10 @@ def main() -> None:
                 before = " / ".join(text for turn in row["history"] for text in turn)
                 record["shown"].append({"before": before, "asked": question_of(row)})
             record["shown"][place][name] = reply.text
+    pairs = zip(likely["turns"], likely["single"], strict=True)
+    record["likelier"] = sum(turns > single for turns, single in pairs)
+    record["loss"] = {name: -sum(said) / len(said) for name, said in likely.items()}
+    print(f"likelier: {infer.share(record['likelier'], len(later))}; {record['loss']}")
     for one in record["shown"]:
         print(*(f"{name}: {text}" for name, text in one.items()), sep="\n", end="\n\n")
     if options.out:
