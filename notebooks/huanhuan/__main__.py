@@ -288,8 +288,9 @@ def main(names: list[str]) -> None:
     course = Course.resume("adapter", "answers", "pack")
     answers = json.loads(course.path("answers").read_text(encoding="utf-8"))
     card = report(course, answers)
-    (course.run_dir / "report.md").write_text(card, encoding="utf-8")
     print(card)
+    with writing(course.run_dir):
+        (course.run_dir / "report.md").write_text(card, encoding="utf-8")
     print(f"共 {(time.time() - started) / 60:.1f} 分钟")
     print(f"适配器：{course.path('adapter')}")
     print(f"可以带走的压缩包：{course.path('pack')}")

@@ -734,10 +734,14 @@ def _digest(path: Path, files) -> str:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write `content` beside `path` and rename it when whole: a crash leaves the old file."""
+    """Write `content` beside `path` and rename it when whole: a crash leaves the old file.
+
+    Raises CourseError where the disk is full or not to be written.
+    """
     beside = path.with_name(f"{path.name}.{os.getpid()}.new")
-    beside.write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
-    beside.replace(path)
+    with writing(path):
+        beside.write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
+        beside.replace(path)
 
 
 def present_run_dir() -> Path:

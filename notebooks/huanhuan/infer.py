@@ -664,7 +664,8 @@ def export_folder(course: Course, model, typed: str = "") -> Path:
     """
     place = Path("/content") if "google.colab" in sys.modules else course.run_dir
     folder = Path(typed).expanduser() if typed else place
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     needs = 2 * model.num_parameters() * 2 / 2**30
     free = shutil.disk_usage(folder).free / 2**30
     if free < needs:

@@ -23,6 +23,7 @@ from huanhuan.course import (
     gpu_name,
     idle_gpu,
     size,
+    writing,
 )
 from huanhuan.persona import SAMPLE
 from huanhuan.prompt import check_template, end_id, pad_token, prompt_ids
@@ -181,8 +182,9 @@ def without_placeholders(
         )
     rows = fill_placeholders(rows, values)
     path = course.run_dir / "filled.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows.to_json(path, orient="records", force_ascii=False, indent=1)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows.to_json(path, orient="records", force_ascii=False, indent=1)
     print(f"占位符换好了，用的是 {path}，你的原文件没有动。")
     return path, rows
 

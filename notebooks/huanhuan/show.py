@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import random
+import shutil
 import tempfile
 import threading
 import warnings
@@ -18,7 +19,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from IPython.display import HTML
 
-from huanhuan.course import RANK, Course, CourseError
+from huanhuan.course import RANK, Course, CourseError, writing
 
 BLUE, ORANGE, AMBER, GREY = "#0072b2", "#d55e00", "#e69f00", "#888888"  # safe for the colour-blind
 
@@ -55,7 +56,8 @@ class Figure:
     def save(self, path: Path) -> None:
         """Write the SVG. Of several processes, only the first does."""
         if RANK == 0:
-            path.write_text(self.svg, encoding="utf-8")
+            with writing(path):
+                path.write_text(self.svg, encoding="utf-8")
 
 
 def _axes():
@@ -353,8 +355,13 @@ def file_picker(course: Course, check: Callable[[Path], pd.DataFrame]):
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / name
             copy.write_bytes(content)
+            target = course.run_dir / "uploads" / name
             try:
                 rows = check(copy)
+                with writing(target):
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    course.set_aside(target)
+                    shutil.copy(copy, target)
             except CourseError as error:
                 said.value = (
                     f"<pre>⛔ {html.escape(str(error))}</pre>"
@@ -362,10 +369,6 @@ def file_picker(course: Course, check: Callable[[Path], pd.DataFrame]):
                 )
                 button.set_trait("value", type(button.value)())  # it is counted no more
                 return
-        target = course.run_dir / "uploads" / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        course.set_aside(target)
-        target.write_bytes(content)
         notes = "".join(f"<br>· {html.escape(note)}" for note in rows.attrs["report"])
         said.value = (
             f"✅ 收到 {html.escape(name)}，共 {len(rows)} 条对话。{notes}<br>"

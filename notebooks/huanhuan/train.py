@@ -910,11 +910,12 @@ def resume_point(course: Course, recipe: dict, split: Split) -> Path | None:
     with PartialState().main_process_first():  # it renames; the others only look
         unfinished = _unfinished(folder, recipe)
         if unfinished is None:
-            moved = course.set_aside(folder)
+            with writing(folder):
+                moved = course.set_aside(folder)
+                folder.mkdir(parents=True, exist_ok=True)
+                _write_recipe(folder, recipe, split)
             if moved:
                 print(f"以前的检查点改名为 {moved.name}，没有删除。")
-            folder.mkdir(parents=True, exist_ok=True)
-            _write_recipe(folder, recipe, split)
             return None
         for path in unfinished["damaged"]:
             print(f"{path.name} 不完整（写到一半断了，或者文件坏了），跳过它。")
