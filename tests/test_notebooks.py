@@ -355,6 +355,9 @@ def test_04_answers_again_after_a_restart(finished_run):
     assert done.returncode == 0, done.stderr
     assert finished_run.path("answers").read_text(encoding="utf-8") == before
     assert "和带走之前的回答一字不差。" in printed(finished_run.run_dir, "04_infer")
+    page = (finished_run.run_dir / "executed" / "04_infer.html").read_text(encoding="utf-8")
+    swept = json.loads((ROOT / "tests/benchmarks/results/sweep.json").read_text("utf-8"))["records"]
+    assert all(f"{one['loss']:.3f}</td>" in page for one in swept)
 
 
 def test_executed_copies_are_stamped_and_readable(finished_run):
@@ -449,6 +452,16 @@ def test_the_runner_works_from_the_projects_folder_and_prints_in_any_encoding(tm
     )  # fmt: skip
     said = done.stderr.decode("gbk")
     assert done.returncode == 1 and "请先运行 01_setup.ipynb" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_kernel_started_elsewhere_is_one_sentence(tmp_path, name):
+    (cell,) = [c.source for c in SOURCES[name].cells if "os.chdir(r'" in c.source]
+    done = subprocess.run(
+        [sys.executable, "-c", cell], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and done.stderr.startswith("这里没有课程"), done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_a_copy_of_a_notebook_is_not_run(tmp_path):
