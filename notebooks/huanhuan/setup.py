@@ -5,10 +5,12 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import queue
 import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -219,6 +221,7 @@ def reaching(model: str) -> Iterator[None]:
         ) from None
 
 
+TEMPLATE_SECONDS = 10  # for what takes some thousandths
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
 LITTLE = (".json", ".jinja", ".model", ".txt", ".md")  # what tells a model's kind; a few MB
 
@@ -315,7 +318,21 @@ def check_kind(folder: str | Path):
         raise CourseError(
             f"模型的配置或分词器用不了（{why}）：请重新下载，或者换一个模型。"
         ) from None
-    check_template(tokenizer)
+    outcome = queue.SimpleQueue()
+
+    def look() -> None:
+        try:
+            outcome.put(check_template(tokenizer))
+        except BaseException as error:  # raised again by the thread that waits
+            outcome.put(error)
+
+    threading.Thread(target=look, daemon=True).start()  # a template is a program: it may not end
+    try:
+        error = outcome.get(timeout=TEMPLATE_SECONDS)
+    except queue.Empty:
+        raise CourseError("这个模型的聊天模板写不完一段对话：不用它，请换一个模型。") from None
+    if error:
+        raise error
     return tokenizer
 
 

@@ -230,6 +230,16 @@ def _(run):
     setup.check_kind(run.model)
 
 
+@fault("模型的聊天模板是一个转不完的圈", "01", "写不完")
+def _(run):
+    file = run.model / "chat_template.jinja"
+    loop = "{% for a in range(9999) %}{% for b in range(999) %}{% endfor %}{% endfor %}"
+    file.write_text(loop, encoding="utf-8")
+    with patched(setup, "TEMPLATE_SECONDS", 0.2):
+        yield
+        setup.check_kind(run.model)
+
+
 @fault("模型的权重是 pickle", "01", "pickle")
 def _(run):
     (run.model / "model.safetensors").rename(run.model / "pytorch_model.bin")
