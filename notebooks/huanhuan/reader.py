@@ -379,7 +379,7 @@ def _unwrapped(value: Any, log: Log) -> list:
             try:
                 table = pd.DataFrame(inner.get("data", inner), None, inner.get("columns"), object)
                 return table.set_axis([*map(str, table)], axis=1).to_dict("records")
-            except (ValueError, TypeError):
+            except Exception:  # pandas has one of its own for every way to be wrong
                 log.stop(f"内容是按列写的，可是各列不一样长，或者缺了格子。{ARRAY}")
         if not wrap and all(type(part) is dict or _talks(part) for part in value.values()):
             return [*value.values()]  # orient="index", or dialogues with names

@@ -708,7 +708,8 @@ class CourseTrainer(transformers.Trainer):
     def __init__(self, *, args, train_dataset, **others):
         args.ddp_find_unused_parameters = False  # the adapter's are all used
         args.disable_tqdm = True  # Progress says how far it is, a line at a time
-        super().__init__(args=args, train_dataset=_fill_last_step(train_dataset), **others)
+        with writing(Path(args.output_dir)):
+            super().__init__(args=args, train_dataset=_fill_last_step(train_dataset), **others)
         self.remove_callback(transformers.PrinterCallback)
         self.add_callback(Progress())
         self.stop = Stop()
