@@ -254,8 +254,8 @@ def _json_rows(text: str, head: str, log: Log) -> Iterator[tuple[int, Any]]:
             log.stop("同一个对象里写了不止一次，请只留一个。", log.row, twice)
         return value
 
-    # Numbers of any length stay as they are written.
-    decoder = json.JSONDecoder(object_pairs_hook=once, parse_int=Decimal, parse_float=Decimal)
+    # int() takes only so many digits.
+    decoder = json.JSONDecoder(object_pairs_hook=once, parse_int=Decimal)
     place = _blank(text).end()
     below = _blank(text, place + len(head)).end()
     array = head[0] == "[" and not (text[below : below + 1] == "[" and head.rstrip()[-1] == "]")
