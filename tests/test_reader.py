@@ -507,15 +507,15 @@ SHAPES = {
     "one dialogue alone": ({"messages": [U, A1, U2, A2]}, "a.json", BOTH, "多轮对话每个回答成了一条，带着之前（最多 100 轮）的话（history）"),
     "a file that is one dialogue": ([U, A1, U2, A2], "a.json", BOTH, "每条是一句话"),
     # history
-    "history": ([ROW2 | {"history": [["有座吗？", "里边请。"]]}, PAY | {"history": []}], "a.json", [ONE, TWO_AFTER, PAY], "history 是这一条的前文，其中的回答也各成一条：第 1 条"),
+    "history": ([ROW2 | {"history": [["有座吗？", "里边请。"]]}, PAY | {"history": []}], "a.json", [ONE, TWO_AFTER, PAY], "带着前文（history），每个回答各成一条：第 1 条"),
     "history already there": ([ROW, ROW2 | {"history": [["有座吗？", "里边请。"]]}], "a.json", BOTH, "在文件里另有一条，没有重复读入：第 2 条"),
     "history comes before": ([ROW2 | {"history": [["有座吗？", "里边请。"]]}, ROW], "a.json", [TWO_AFTER, ONE], "没有重复读入：第 1 条"),
-    "history in roles": ([{"query": "来壶茶", "response": "这就来。", "history": [U, A1]}], "a.json", BOTH, "history 是"),
+    "history in roles": ([{"query": "来壶茶", "response": "这就来。", "history": [U, A1]}], "a.json", BOTH, "带着前文（history）"),
     "empty history and system": ([ROW | {"history": [], "system": ""}, ROW2 | {"history": None, "system": None}], "a.json", PAIR, ""),
     "system": ([ROW | {"system": "你是掌柜"}, ROW2], "a.json", PAIR, "system 的话没有读入，课程有自己的系统提示：第 1 条"),
     "history of one side too many": ([ROW2 | {"history": ["有座吗？", "里边请。", "再说"]}, ROW | {"history": [["一"], ["二", "三"]]}, PAY | {"history": [U]}], "a.json", [TWO, ONE, PAY], "history 里的话不是一问一答，没有读入：第 1、2、3 条"),
     "history of nothing": ([ROW | {"history": [[]]}, ROW2 | {"history": [["", ""]]}], "a.json", PAIR, ""),
-    "chat_history": ([ROW2 | {"chat_history": [["有座吗？", "里边请。"]]}, PAY], "a.json", [ONE, TWO_AFTER, PAY], "history 是这一条的前文"),
+    "chat_history": ([ROW2 | {"chat_history": [["有座吗？", "里边请。"]]}, PAY], "a.json", [ONE, TWO_AFTER, PAY], "带着前文（history）"),
     # names of fields
     "query, response": (fields("query", "response"), "a.json", PAIR, "字段 query、response 换成了 instruction、output：第 1、2 条"),
     "kind, input, target": (fields("input", "target", kind="闲聊"), "a.json", PAIR, "input、target 换成了 + 字段 kind 课程用不到"),
