@@ -264,7 +264,8 @@ def take_the_course(run: Path, work: Path, home: Path) -> None:
         page.keyboard.type('print("你好")')
         play.click()
         page.wait_for_timeout(1000)
-        new = page.locator(".jp-Notebook .jp-Cell", has_text="你好")
+        new = page.locator(".jp-Notebook .jp-CodeCell", has_text="你好").last
+        new.evaluate("cell => cell.scrollIntoView({block: 'center'})")
         jupyter.shoot("ui_1_3_add_cell", plus, new, play)
 
         cell = jupyter.cell("show.file_picker", 120, run="above")
