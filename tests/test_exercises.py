@@ -568,7 +568,7 @@ def test_every_exercise_stands_in_its_notebook_with_a_solution(world, capsys, ru
     assert [*cells("exercise")] == [*cells("solution")] == [*JUDGES]
     for number, cell in cells("exercise").items():
         names = world | {"check": check, "progress": progress}  # imported once a notebook
-        for one, said in ((cell, "先填上"), (cells("solution")[number], "的参考答案折叠在")):
+        for one, said in ((cell, "先填上"), (cells("solution")[number], "的参考答案（折叠在")):
             assert "notebook-only" in one.metadata.tags and len(one.source.splitlines()) <= 16, (
                 number
             )
