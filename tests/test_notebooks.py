@@ -114,7 +114,7 @@ def test_no_absolute_paths_and_no_profile_names_in_code():
 
 
 def test_a_notebook_imports_its_own_room_and_the_ground_floor():
-    ground = {"course", "persona", "prompt", "show", "exercises", "CourseError"}
+    ground = {"course", "persona", "prompt", "show", "exercises", "CourseError", "NOTEBOOKS"}
     # 01 also checks the dataset, before 6 GB are downloaded for it
     rooms = {"01_setup": {"setup", "reader"}, "02_preprocess": {"preprocess", "reader"}}
     for name, book in SOURCES.items():
