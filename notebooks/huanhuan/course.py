@@ -761,7 +761,8 @@ def _read(run_dir: Path) -> dict | None:
     if not path.exists():
         return None
     try:
-        manifest = {part: {} for part in HANDED_ON} | json.loads(path.read_text(encoding="utf-8"))
+        manifest = {part: {} for part in HANDED_ON} | {"reason": ""}
+        manifest |= json.loads(path.read_text(encoding="utf-8"))
         parts = [manifest[part] for part in (*HANDED_ON, "profile", "persona")]
         parts += manifest["known"].values()
         texts = [manifest["reason"], *manifest["files"].values()]
