@@ -9,9 +9,8 @@ from pathlib import Path
 
 # Announcements between libraries about their own next major version; nothing a learner could mend.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.|peft\.")
-logging.getLogger("bitsandbytes").setLevel(
-    logging.ERROR
-)  # asks for a package that nobody here needs
+# It asks for a package that nobody here needs.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent
 DATA = NOTEBOOKS.parent / "data"

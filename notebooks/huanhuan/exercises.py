@@ -303,8 +303,6 @@ def exercise_2_4(answer, tokenizer, max_length: int):
     rows = {
         "短的": (WHO, f"我是{NAME}。", []),
         "带标记的": (f"{mark}是什么？", f"写作{mark}。", []),
-    }
-    rows |= {
         "长的": (long, "准了。", []),
         "有前文的": ("后来呢？", "睡了。", [[WHO, f"我是{NAME}。"]]),
     }
