@@ -426,9 +426,13 @@ def test_five_notebooks_with_a_genuine_tokenizer_and_random_weights(tmp_path, na
     tokenizer.save_pretrained(tmp_path / "model")
     rows = json.loads(SAMPLE.read_text(encoding="utf-8"))[:24]
     (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    (tmp_path / "few.json").write_text(json.dumps({  # random weights do not end an answer
+        "known": ["你是谁？"], "identity": ["你叫什么？"], "daily": ["吃了吗？", "冷不冷？"],
+        "general": [{"question": "一加一等于几？", "expected": ["二"]}],
+    }), encoding="utf-8")  # fmt: skip
     (tmp_path / "me.json").write_text(json.dumps({
         "name": "甄嬛", "system_prompt": prompt.SYSTEM_PROMPT, "called": ["甄嬛"], "dataset": "rows.json",
-        "profile": {"epochs": 1}, "facts": [{"ask": ["你的侍女是谁？"], "expected": ["春杏"]}],
+        "questions": "few.json", "profile": {"epochs": 1}, "facts": [{"ask": ["你的侍女是谁？"], "expected": ["春杏"]}],
     }), encoding="utf-8")  # fmt: skip
     run = tmp_path / "run"
     done = run_course(

@@ -397,19 +397,20 @@ def running_03(given, until):
     raise AssertionError(runner.stderr.read())
 
 
-@pytest.mark.parametrize("harm", [pytest.param("kernel", marks=pytest.mark.newest), "runner"])
-def test_a_killed_kernel_and_ctrl_c_are_a_sentence_and_training_goes_on(tmp_path, harm):
-    given = small_run(tmp_path / "run", epochs=8, save_steps=2)
-    runner = running_03(given, "… 第 10 / ")
-    (kernel,) = psutil.Process(runner.pid).children()
-    if harm == "kernel":
-        kernel.kill()
-    else:
-        runner.send_signal(signal.SIGINT)
-    said = runner.communicate(timeout=60)[1]
-    assert runner.returncode == 1 and "接着" in said and "Traceback" not in said, said
-    assert ("内核死了" if harm == "kernel" else "停下来了") in said
-    psutil.wait_procs([kernel], timeout=30)
+@pytest.mark.newest
+def test_a_killed_kernel_and_ctrl_c_are_a_sentence_and_training_goes_on(tmp_path):
+    given = small_run(tmp_path / "run", epochs=12, save_steps=2)
+    for step, harm in ((10, "kernel"), (20, "runner")):
+        runner = running_03(given, f"… 第 {step} / ")
+        (kernel,) = psutil.Process(runner.pid).children()
+        if harm == "kernel":
+            kernel.kill()
+        else:
+            runner.send_signal(signal.SIGINT)
+        said = runner.communicate(timeout=60)[1]
+        assert runner.returncode == 1 and "接着" in said and "Traceback" not in said, said
+        assert ("内核死了" if harm == "kernel" else "停下来了") in said
+        psutil.wait_procs([kernel], timeout=30)
     done = run_course("03_train_lora", **given)
     assert done.returncode == 0, done.stderr
     said = printed(tmp_path / "run", "03_train_lora")

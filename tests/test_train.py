@@ -713,6 +713,7 @@ def test_processes_that_measure_differently_take_the_first_ones_split(run_dir, t
     assert "process 0 of 2: 8" in done.stdout and "process 1 of 2: 8" in done.stdout
 
 
+@pytest.mark.newest
 def test_the_script_killed_goes_on_to_the_same_losses(finished_run, run_dir, one_process):
     prepared_run(finished_run, run_dir, lora_dropout=0.0)
     running = train_script(1, run_dir, wait=False)

@@ -1028,8 +1028,10 @@ def contents(folder: Path) -> set[str]:
     }  # fmt: skip
 
 
-def strike(fault: Fault, whole: Path, folder: Path) -> str | None:
-    """Let `fault` strike a copy of the run in `whole`; returns what was said, None if nothing was.
+def strike(fault: Fault, whole: Path, folder: Path) -> tuple[str | None, int]:
+    """Let `fault` strike a copy of the run in `whole`.
+
+    Returns what was said, None if nothing was, and how many files lay there and still do.
 
     Raises AssertionError where it was not what the fault `says`, or where something was lost.
     """
@@ -1051,9 +1053,10 @@ def strike(fault: Fault, whole: Path, folder: Path) -> str | None:
         assert said is None or re.search(fault.says, said, re.S), said
         assert fault.where == "03" or time.process_time() - began <= 5, "too long"  # 03 trains
         assert course.peak_memory_gib() - memory <= 1, "too much memory"
-        assert there <= contents(run.dir), "something that lay there is gone"
+        kept = there & contents(run.dir)
+        assert kept == there, "something that lay there is gone"
         assert set(folder.iterdir()) == outside, "something was written elsewhere"
-    return said
+    return said, len(kept)
 
 
 def elsewhere_too(said: str, folder: Path) -> str:
@@ -1068,18 +1071,20 @@ def main() -> None:
         folder = Path(folder)
         with environ(HUANHUAN_PROFILE="cpu-tiny"), contextlib.redirect_stdout(io.StringIO()):
             make_run(folder / "whole")
-        lines, spoken = ["| 出了什么事 | 在哪里 | 课程怎么说 |", "|---|---|---|"], {}
+        lines = ["| 出了什么事 | 在哪里 | 课程怎么说 | 还在的文件 |", "|---|---|---|---|"]
+        spoken: dict[str, list[bool]] = {}
         for number, fault in enumerate(FAULTS):
             with environ(HUANHUAN_PROFILE="cpu-tiny"):
-                said = strike(fault, folder / "whole", folder / str(number))
+                said, kept = strike(fault, folder / "whole", folder / str(number))
             spoken.setdefault(fault.where, []).append(said is not None)
             told = infer.plain(elsewhere_too(said or "接着运行，结果一样", folder))
-            lines.append(
-                f"| {fault.kind.replace('|', ' ')} | {fault.where} | {told[:90]}{'……' * (len(told) > 90)} |"
-            )
+            told = told[:90] + "……" * (len(told) > 90)
+            kind = fault.kind.replace("|", " ")
+            lines.append(f"| {kind} | {fault.where} | {told} | {kept} |")
     readme = ROOT / "tests" / "faults" / "README.md"
     readme.write_text(
-        "# 出了错会怎样\n\n`python tests/faults/faults.py` 写成这张表。\n\n"
+        "# 出了错会怎样\n\n`python tests/faults/faults.py` 写成这张表。出事时在运行目录里的每个文件，事后都要还在"
+        "（同一个名字，或者带日期的名字），一个也不能少；最后一列是它们的个数，内容相同的算一个。\n\n"
         + "\n".join(lines)
         + "\n",
         encoding="utf-8",
