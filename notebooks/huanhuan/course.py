@@ -410,7 +410,7 @@ class Course:
                 self.path(other)
                 if self.manifest["known"][other]["id"] != digest:
                     raise CourseError(
-                        f"“{what.title}”是用以前的{ARTEFACTS[other].title}做的，它后来变了：{again}"
+                        f"“{what.title}”是用以前的“{ARTEFACTS[other].title}”做的，它后来变了：{again}"
                     )
             for setting, value in self._settings(name).items():
                 if record["settings"].get(setting, value) != value:

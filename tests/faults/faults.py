@@ -179,7 +179,7 @@ def _(run):
     Course.resume("data")
 
 
-@fault("换了数据集，01、02 重做了，03 没有", "04", "以前的处理好的数据.*03_train_lora")
+@fault("换了数据集，01、02 重做了，03 没有", "04", "以前的“处理好的数据”.*03_train_lora")
 def _(run):
     run.data.write_text(run.data.read_text("utf-8").replace("。", "！", 1), encoding="utf-8")
     Course.start(model=str(run.model)).keep("data", run.data)
