@@ -1,5 +1,7 @@
 """The helper of the five notebooks: what they use and do not teach."""
 
+import errno
+import json
 import logging
 import os
 import re
@@ -23,6 +25,28 @@ class CourseError(Exception):
         return [f"⛔ {self}"]
 
 
+def read_json(path: Path, kind: type = dict):
+    """What the JSON file `path` holds, with a byte order mark or without.
+
+    Raises OSError where there is no such file (to read a pipe might take for ever), ValueError for
+    whatever is wrong with it, no `kind` too.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(errno.ENOENT, "没有这个文件", str(path))
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except RecursionError:
+        raise ValueError("括号套得太深") from None
+    if not isinstance(content, kind):
+        raise ValueError("最外层应当是" + ("对象 {…}" if kind is dict else "数组 […]"))
+    return content
+
+
+def bare(value: str) -> str:
+    """A value as people copy it, without the quotes and blanks around it."""
+    return value.strip().strip("\"'“”").strip()
+
+
 def _no_bars() -> None:
     """The libraries' progress bars off: English, and at 0 % for ever in an executed copy.
 
@@ -43,28 +67,33 @@ def _settle_paths() -> None:
     directory. What is found in neither (a hub id, a wrong path) is left as it is. Quotes and blanks
     around a value, as some shells leave them there, are no part of it.
     """
-    for name in ("HUANHUAN_DATA", "HUANHUAN_MODEL", "HUANHUAN_PERSONA", "HUANHUAN_OUTPUT"):
+    for name in ("PROFILE", "DATA", "MODEL", "PERSONA", "OUTPUT"):
+        name = f"HUANHUAN_{name}"
         given = os.environ.get(name, "")
-        value = given.strip().strip("\"'“”").strip()
+        value = bare(given)
         if value != given:
             print(f"环境变量 {name} 两边的引号和空白不算在内，用的是：{value}")
-        value = os.path.expanduser(value)
-        places = [place / value for place in (NOTEBOOKS.parent, Path.cwd())]
-        if name == "HUANHUAN_OUTPUT" and value:
-            value = str(places[0].resolve())
-        elif value and (found := [place for place in places if place.exists()]):
-            value = str(found[0].resolve())
+        if value and name != "HUANHUAN_PROFILE":
+            value = os.path.expanduser(value)
+            # os.path's, unlike pathlib's, hold for names too long, and links that lead to themselves.
+            places = [os.path.realpath(place / value) for place in (NOTEBOOKS.parent, Path.cwd())]
+            found = [place for place in places if os.path.exists(place)]
+            value = places[0] if name == "HUANHUAN_OUTPUT" else [*found, value][0]
         if given:
             os.environ[name] = value
 
 
 def _explain_missing_names() -> None:
-    """In a notebook a NameError becomes a sentence, which names the cell to run where that is known."""
+    """In a notebook ■ and a NameError become a sentence, which names the cell to run where that is known."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     if shell is None:
         return
 
     def explain(shell, kind, error, trace, tb_offset=None):
+        if kind is KeyboardInterrupt:
+            said = ["⛔ 停下了，这一格没有做完；再运行它，就从这一格的开头来。"]
+            shell._showtraceback(kind, error, said)
+            return said
         made = (
             rf"^{error.name}\b[^=\n]*=[^=]|^def {error.name}\b|^(from .*)?import .*\b{error.name}\b"
         )
@@ -77,7 +106,7 @@ def _explain_missing_names() -> None:
         shell._showtraceback(kind, error, said)
         return said
 
-    shell.set_custom_exc((NameError,), explain)
+    shell.set_custom_exc((NameError, KeyboardInterrupt), explain)
 
 
 for _bars in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):

@@ -209,8 +209,9 @@ def report(course: Course, answers: list[dict]) -> str:
     ]
     books = course.manifest["notebooks"]
     lines += [
-        f"| {name} | {book['minutes']:.1f} | {book['peak_memory_gib']:.2f} |"
-        for name, book in sorted(books.items())
+        f"| {name} | {books[name]['minutes']:.1f} | {books[name]['peak_memory_gib']:.2f} |"
+        for name in BOOKS
+        if name in books
     ]
     solved = {name: kn for name, kn in done(course.run_dir).items() if kn[0]}
     if solved:

@@ -8,7 +8,7 @@ import pandas as pd
 import psutil
 import torch
 
-from huanhuan.course import Course, CourseError
+from huanhuan.course import Course, CourseError, writing
 
 
 def memory() -> dict[str, float]:
@@ -50,22 +50,21 @@ def remove(course: Course, names: list[str], really: bool = False) -> None:
     Raises CourseError, before anything is removed, for a name that is not in that list, or is a
     link: it may lead out of the run directory.
     """
-    there = {path.name: path for path in course.run_dir.iterdir() if not path.is_symlink()}
+    listed = course.run_dir.iterdir() if course.run_dir.exists() else []
+    there = {path.name: path for path in listed if not path.is_symlink()}
     for name in names:
         if name not in there:
             raise CourseError(
                 f"“{name}” 不是上面列出的名称：这里只删除运行目录里的东西，请从列表里照抄。"
             )
-    paths = [there[name] for name in names]
+    paths = [there[name] for name in dict.fromkeys(names)]
     for path in paths:
         if not really:
             print(f"将会删除：{name_and_size(path)}")
-        elif path.is_dir():
-            shutil.rmtree(path)
-            print(f"已删除：{path.name}")
-        else:
-            path.unlink()
-            print(f"已删除：{path.name}")
+            continue
+        with writing(path):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        print(f"已删除：{path.name}")
     if paths and not really:
         print(
             "现在还没有删除任何东西。确定要删，就把 really=False 改成 really=True，再运行这一格。"

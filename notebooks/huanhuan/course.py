@@ -8,6 +8,7 @@ each lies a record of what it was made of, and what no longer holds is named, no
 
 import contextlib
 import errno
+import filecmp
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -15,8 +16,10 @@ import json
 import os
 import platform
 import re
+import reprlib
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
@@ -25,7 +28,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from huanhuan import DATA, NOTEBOOKS, CourseError
+from huanhuan import DATA, NOTEBOOKS, CourseError, read_json
 from huanhuan.persona import PERSONA, SYSTEM_PROMPT
 
 
@@ -54,14 +57,18 @@ ARTEFACTS = {
     "pack": Artefact("压缩包", "04_infer", "llama3_lora.zip", ("adapter",)),
 }  # fmt: skip
 HANDED_ON = ("files", "known", "notebooks")  # the parts of the manifest that all add to
-RECORD = "made.json"
+RECORD, RECORDED = "made.json", ("of", "settings", "results", "versions")
 SAMPLED = 2**28  # bytes: of a larger file the beginning, the middle and the end are hashed
 
 # One process uses one GPU. Given several, the Trainer would cut every batch into parts for them, and
 # a packed batch cannot be cut. A launcher (torchrun) hands out the GPUs itself.
-RANK = int(os.environ.get("RANK", 0))  # of this process among those that train together
+LAUNCHED = "LOCAL_RANK" in os.environ
+RANK = (
+    int(os.environ.get("RANK", 0)) if LAUNCHED else 0
+)  # of this process among those that train together
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1)) if LAUNCHED else 1  # so many train together
 SHARDED = os.environ.get("ACCELERATE_USE_FSDP") == "true"  # a model cut into parts, one a process
-if "LOCAL_RANK" not in os.environ:
+if not LAUNCHED:
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "modelscope")
@@ -126,10 +133,14 @@ CPU_ONLY_TORCH = (
 
 # (least, most) of the settings that are numbers.
 LIMITS = {
-    "max_length": (64, 131072), "max_rows": (2, 10**9), "micro_batch": (1, 16),
+    "max_length": (64, 131072), "max_rows": (2, 10**9),
     "epochs": (1, 1000), "learning_rate": (1e-9, 1e9), "lora_r": (1, 1024),
     "lora_alpha": (1, 65536), "lora_dropout": (0, 0.99), "logging_steps": (1, 10**6),
     "save_steps": (1, 10**6),
+}  # fmt: skip
+CHOICES = {
+    "device": ("cpu", "cuda", "mps"), "dtype": ("float32", "float16", "bfloat16"),
+    "micro_batch": (1, 2, 4, 8, 16),
 }  # fmt: skip
 
 
@@ -154,11 +165,18 @@ def _check_settings(given: dict) -> None:
         least, most = LIMITS.get(name, (None, None))
         if right and least is not None:
             right = least <= value <= most  # NaN is within nothing
+        choices = CHOICES.get(name)
+        right = right and (choices is None or value in choices)
         if not right or (kind == "str" and not value.strip()):
             wanted = {"int": "整数", "float": "数", "bool": "True 或 False", "str": "文字"}[kind]
             wanted += f"，从 {least:g} 到 {most:g}" if least is not None else ""
+            wanted = f"{'、'.join(map(str, choices))} 里的一个" if choices else wanted
+            try:
+                written = reprlib.repr(value)
+            except ValueError:  # Python does not write out a number of thousands of digits
+                written = "这么长的数"
             raise CourseError(
-                f"{name}={value!r} 不行：要写{wanted}。请改 Course.start(...) 或角色文件里的 profile。"
+                f"{name}={written} 不行：要写{wanted}。请改 Course.start(...) 或角色文件里的 profile。"
             )
 
 
@@ -191,8 +209,7 @@ def choose_profile() -> tuple[str, str]:
             raise CourseError(
                 f"环境变量 HUANHUAN_PROFILE={asked} 不认识，请改成其中之一：{'、'.join(PROFILES)}。"
             )
-        there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": _has_mps()}
-        if not there[PROFILES[asked].device]:
+        if not _is_there(PROFILES[asked].device):
             why = CPU_ONLY_TORCH if idle_gpu() else "这台机器上 PyTorch 找不到它要用的 GPU"
             raise CourseError(
                 f"HUANHUAN_PROFILE={asked} 在这里用不了：{why}。没有 GPU 请用 cpu-tiny 或 cpu-small。"
@@ -206,6 +223,12 @@ def choose_profile() -> tuple[str, str]:
     if os.environ.get("HUANHUAN_MODEL"):
         return "cpu-small", f"{reason}，在 CPU 上用 HUANHUAN_MODEL 指定的模型"
     return "cpu-tiny", f"{reason}，用 CPU 跑小模型"
+
+
+def _is_there(device: str) -> bool:
+    import torch
+
+    return {"cpu": True, "cuda": torch.cuda.is_available(), "mps": _has_mps()}[device]
 
 
 def _has_mps() -> bool:
@@ -274,6 +297,22 @@ def _computes_bf16(device: str) -> bool:
         return False
 
 
+def set_aside(path: Path) -> Path | None:
+    """Give a file or folder of an earlier run a new name, so that nothing is overwritten.
+
+    Returns the new path, or None where there was nothing to move.
+    """
+    empty = path.is_dir() and not any(path.iterdir())
+    if RANK != 0 or not os.path.lexists(path) or empty:
+        return None
+    stamp = datetime.fromtimestamp(path.lstat().st_mtime).strftime("%Y%m%d-%H%M%S")
+    count, moved = 1, path.with_name(f"{path.stem}-{stamp}{path.suffix}")
+    while os.path.lexists(moved):
+        count += 1
+        moved = path.with_name(f"{path.stem}-{stamp}-{count}{path.suffix}")
+    return path.rename(moved)
+
+
 class Course:
     """One run of the course: its profile, its directory and its manifest.
 
@@ -286,12 +325,15 @@ class Course:
     ):
         self.profile, self.reason, self.run_dir, self.manifest = profile, reason, run_dir, manifest
         self._opened, self._locked, self._starts = time.time(), False, starts
+        self._taken: dict[str, str] = {}  # what this process has read, and its hash then
+
+    set_aside = staticmethod(set_aside)
 
     @property
     def base_name(self) -> str:
         """Name of the base model, without this machine's path: what an adapter that travels may say."""
         model = self.profile.model
-        return Path(model).name if Path(model).is_dir() else model
+        return Path(model).name if os.path.isdir(model) else model
 
     @property
     def load_device(self) -> str:
@@ -341,6 +383,8 @@ class Course:
         if os.environ.get("HUANHUAN_MODEL"):
             overrides = {"model": os.environ["HUANHUAN_MODEL"]} | overrides
         profile = _for_this_machine(PROFILES[name], overrides)
+        if not _is_there(profile.device):
+            raise CourseError(f"这台机器上 PyTorch 用不了 {profile.device}：请去掉 device 这一项。")
         run_dir = _run_dir(name)
         old = _read(run_dir) or {}
         manifest = {
@@ -349,6 +393,7 @@ class Course:
             "persona": PERSONA,
             "machine": machine(),
             "versions": versions(),
+            "asked": _asked(),
         }
         for part in HANDED_ON:
             manifest[part] = old.get(part, {})
@@ -375,8 +420,22 @@ class Course:
                 f"这里的成果是给“{made_for}”做的，现在的角色却是“{PERSONA['name']}”："
                 "请把 HUANHUAN_PERSONA 改回去，或者从 01_setup.ipynb 重新开始。"
             )
+        if PERSONA.get("profile") != manifest["persona"].get("profile"):
+            raise CourseError("角色文件里的 profile 改过，还没有生效：请重新运行 01_setup.ipynb。")
+        before = manifest.get("asked")
+        for name, value in _asked().items() if isinstance(before, dict) else ():
+            if value and value != before.get(name):
+                raise CourseError(
+                    f"环境变量 {name} 现在是 {value}，运行 01 的时候是 {before.get(name) or '没有设'}："
+                    "请重新运行 01_setup.ipynb，或者改回去。"
+                )
         profile = Profile(**{k: v for k, v in manifest["profile"].items() if k in _SETTINGS})
-        if "LOCAL_RANK" in os.environ and profile.device == "cuda":
+        if not _is_there(profile.device):
+            raise CourseError(
+                f"这里的成果是在有 {profile.device} 的机器上做的，这台机器上 PyTorch 用不了它：请回到那台机器上，"
+                "或者从 01_setup.ipynb 重新开始（做好的都留着）。"
+            )
+        if LAUNCHED and profile.device == "cuda":
             import torch
 
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
@@ -391,21 +450,29 @@ class Course:
         Raises CourseError where it is missing, damaged, or no longer what the present dataset,
         model and settings would make; the message says what changed and which notebook to run.
         """
+        if now := _read(self.run_dir):  # another notebook may have made it anew
+            self.manifest |= {part: now[part] for part in HANDED_ON}
         what, entry = ARTEFACTS[name], self.manifest["files"].get(name)
         again = f"请重新运行 {what.made_by}.ipynb。"
         if entry and what.file and entry != what.file:
             raise CourseError(f"清单里的“{what.title}”不在运行目录里（{entry}），不用它：{again}")
         path = self.run_dir / (entry or "")  # an absolute entry stays as it is
+        brought = not what.file
         if not entry or not os.path.exists(path):  # unlike Path.exists, whatever its name is
             raise CourseError(f"还缺少上一步的成果“{what.title}”：请先运行 {what.made_by}.ipynb。")
         known = self.manifest["known"].get(name) or {}
         try:
-            now = _state(path, known["files"])
-            if now != known["files"]:
-                if now.keys() != known["files"].keys() or _digest(path, now) != known["id"]:
+            files, digest = known["files"], known["id"]
+            if self._taken.setdefault(name, digest) != digest:
+                raise CourseError(
+                    f"“{what.title}”在这个内核读入以后变了，内存里的还是以前的：请重启内核，从头运行这一本。"
+                )
+            now = _state(path, files, links=brought)
+            if now != files:
+                if now.keys() != files.keys() or _digest(path, now) != digest:
                     raise CourseError(f"“{what.title}”（{path.name}）被改动过，或者不完整：{again}")
                 known["files"] = now  # touched, or copied: the same all the same
-            record = self.record(name) if what.file else {"of": {}, "settings": {}}
+            record = {"of": {}, "settings": {}} if brought else self.record(name)
             for other, digest in record["of"].items():
                 self.path(other)
                 if self.manifest["known"][other]["id"] != digest:
@@ -413,12 +480,12 @@ class Course:
                         f"“{what.title}”是用以前的“{ARTEFACTS[other].title}”做的，它后来变了：{again}"
                     )
             for setting, value in self._settings(name).items():
-                if record["settings"].get(setting, value) != value:
+                if record["settings"][setting] != value:
                     raise CourseError(
                         f"“{what.title}”是按 {setting}={record['settings'][setting]} 做的，"
                         f"现在是 {value}：{again}"
                     )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             lacking = isinstance(error, LookupError | FileNotFoundError)
             why = "没有它的记录" if lacking else f"读不出来（{error}）"
             raise CourseError(f"“{what.title}”（{path.name}）{why}：{again}") from None
@@ -427,8 +494,27 @@ class Course:
     def keep(self, name: str, path: str | Path) -> None:
         """List a file or folder that was brought, as `name`, and remember what it holds."""
         path = Path(path).resolve()
+        if not _state(path, links=True):
+            raise CourseError(f"“{ARTEFACTS[name].title}”{path} 里什么也没有。")
         inside = path.is_relative_to(self.run_dir)
         self._list(name, path.relative_to(self.run_dir).as_posix() if inside else str(path))
+
+    @contextlib.contextmanager
+    def replacing(self, target: Path) -> Iterator[Path]:
+        """Write the file `target` of the run directory: yields a path beside it, taken over when written.
+
+        A former one that differs gets a dated name. Raises CourseError where it cannot be written.
+        """
+        beside = target.with_name(f".{target.name}.{os.getpid()}.new")
+        with writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if not target.parent.resolve().is_relative_to(self.run_dir.resolve()):
+                raise CourseError(f"{target.parent} 是一个链接，指到运行目录外面去了，不往里写。")
+            yield beside
+            same = target.is_file() and filecmp.cmp(beside, target, shallow=False)
+            if not same or target.is_symlink():
+                set_aside(target)
+            beside.replace(target)
 
     @contextlib.contextmanager
     def making(self, name: str, **results) -> Iterator[Path]:
@@ -465,7 +551,7 @@ class Course:
             }  # fmt: skip
             write_json(_record(beside), record)
             self._change(lambda manifest: manifest["files"].pop(name, None))
-            former = self.set_aside(target)
+            former = set_aside(target)
             if is_file and former and _record(target).exists():
                 _record(target).replace(_record(former))
             if is_file:
@@ -475,8 +561,17 @@ class Course:
             _all_here()
 
     def record(self, name: str) -> dict:
-        """What `name` was made of: ``{"of", "settings", "results", "versions", "made"}``."""
-        return json.loads(_record(self.run_dir / ARTEFACTS[name].file).read_text(encoding="utf-8"))
+        """What `name` was made of: ``{"of", "settings", "results", "versions", "made", "used"}``.
+
+        ``settings`` are the profile's, ``used`` those that the notebook went by in the end. Raises OSError or ValueError where there is no such record.
+        """
+        record = read_json(_record(self.run_dir / ARTEFACTS[name].file))
+        if not all(isinstance(record.get(part), dict) for part in RECORDED):
+            raise ValueError("缺了一部分")
+        if not all(map(is_result, record["results"].values())):
+            raise ValueError("成绩不像成绩")
+        settings, results = record["settings"], record["results"]
+        return record | {"used": settings | {n: x for n, x in results.items() if n in settings}}
 
     def _settings(self, name: str) -> dict:
         settings = {field: getattr(self.profile, field) for field in ARTEFACTS[name].settings}
@@ -484,27 +579,14 @@ class Course:
 
     def _list(self, name: str, entry: str) -> None:
         path = self.run_dir / entry
-        files = _state(path)
+        files = _state(path, links=not ARTEFACTS[name].file)
         known = {"files": files, "id": _digest(path, files)}
 
         def change(manifest: dict) -> None:
             manifest["files"][name], manifest["known"][name] = entry, known
 
         self._change(change)
-
-    def set_aside(self, path: Path) -> Path | None:
-        """Give a file or folder of an earlier run a new name, so that nothing is overwritten.
-
-        Returns the new path, or None where there was nothing to move.
-        """
-        if RANK != 0 or not path.exists() or (path.is_dir() and not any(path.iterdir())):
-            return None
-        stamp = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y%m%d-%H%M%S")
-        count, moved = 1, path.with_name(f"{path.stem}-{stamp}{path.suffix}")
-        while moved.exists():
-            count += 1
-            moved = path.with_name(f"{path.stem}-{stamp}-{count}{path.suffix}")
-        return path.rename(moved)
+        self._taken[name] = known["id"]
 
     def finish(self, notebook: str) -> None:
         """Print and record what this notebook took: minutes since it opened, peak memory of its process."""
@@ -564,26 +646,41 @@ def _lock(path: Path, doing: str, patience: float = 0) -> Iterator[None]:
 
     me = {"pid": os.getpid(), "started": psutil.Process().create_time(), "doing": doing,
           "host": platform.node(), "since": time.strftime("%H:%M:%S")}  # fmt: skip
-    until = time.monotonic() + patience
+    until, done = time.monotonic() + patience, threading.Event()
+
+    def beat() -> None:
+        while not done.wait(STALE / 20):
+            with contextlib.suppress(OSError):
+                os.utime(path)
+
     while True:
         try:
             with path.open("x", encoding="utf-8") as file:
                 json.dump(me, file)
+            _held.add(str(path))
             break
         except FileExistsError:
             owner = _owner(path)
         if owner is None:
             continue
         if time.monotonic() >= until:
+            who = "（进程 {pid}，{since} 起）".format_map(owner) if owner else ""
             raise CourseError(
-                f"另一个内核（进程 {owner.get('pid')}，{owner.get('since')} 起）正在用这个运行目录做"
-                f"“{owner.get('doing')}”：请等它做完，或者关掉它（菜单 内核 → 关闭内核 / Kernel → Shut Down Kernel），再运行这一格。"
+                f"另一个内核{who}正在用这个运行目录做“{owner.get('doing', doing)}”：请等它做完，或者关掉它（菜单 内核 → 关闭内核 / Kernel → Shut Down Kernel），再运行这一格。"
+                f"要是没有这样的内核，删掉 {path} 就行。"
             )
         time.sleep(0.02)
+    threading.Thread(target=beat, daemon=True).start()
     try:
         yield
     finally:
+        done.set()
+        _held.discard(str(path))
         path.unlink(missing_ok=True)
+
+
+_held: set[str] = set()  # the locks of this process
+STALE = 600  # seconds after which a lock that nobody has touched is nobody's, on whatever machine
 
 
 def _owner(path: Path) -> dict | None:
@@ -591,20 +688,29 @@ def _owner(path: Path) -> dict | None:
     import psutil
 
     try:
-        owner = json.loads(path.read_text(encoding="utf-8"))
+        untouched = abs(time.time() - path.stat().st_mtime)
+        owner = {"since": "？"} | read_json(path)
         if owner["host"] != platform.node():
-            return owner
-        if abs(psutil.Process(owner["pid"]).create_time() - owner["started"]) < 1:
+            alive = untouched < STALE
+        elif owner["pid"] == os.getpid():  # left behind by a ■ in between
+            alive = str(path) in _held
+        else:
+            started = psutil.Process(owner["pid"]).create_time()
+            alive = abs(started - owner["started"]) < 1
+        if alive:
             return owner
     except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError):  # being written at this moment, or never finished
-        if time.time() - path.stat().st_mtime < 5:
+        if not os.path.lexists(path):
+            return None
+    except (ValueError, KeyError, TypeError, OSError):  # being written now, or never finished
+        if untouched < 5:
             return {}
     except psutil.Error:
         pass
-    path.unlink(missing_ok=True)
-    return None
+    with contextlib.suppress(OSError):
+        path.unlink()
+        return None
+    return {}
 
 
 @contextlib.contextmanager
@@ -614,15 +720,14 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         text, number = str(error), getattr(error, "errno", None)
-        place = next((p for p in (path, *path.parents) if p.exists()), path)
-        if (
-            number == errno.ENOSPC
-            or "os error 28" in text
-            or "No space left" in text
-            or (
-                "file write failed" in text  # torch's word for it
-            )
-        ):
+        place = next((p for p in (path, *path.parents) if os.path.exists(p)), path)
+        words = (
+            "os error 28",
+            "No space left",
+            "file write failed",
+        )  # safetensors', Rust's, torch's
+        full = number in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+        if full or any(word in text for word in words):
             free = shutil.disk_usage(place).free
             raise CourseError(
                 f"磁盘满了（{place} 只剩 {size(free)}），这一次的没有写成，以前的都在。"
@@ -632,39 +737,62 @@ def writing(path: Path) -> Iterator[None]:
             raise CourseError(
                 f"{place} 不能写：请把环境变量 HUANHUAN_OUTPUT 设成一个可以写的目录，再从 01 开始。"
             ) from None
+        if isinstance(error, OSError):
+            raise CourseError(
+                f"读写 {place} 时出错（{text[:200]}）：请检查这个位置，或者把 HUANHUAN_OUTPUT 设成别的目录，"
+                "再运行一次；以前做好的都在。"
+            ) from None
         raise
 
 
-def check_adapter(folder: Path) -> None:
+# Of an adapter's config, what need not stand at peft's default.
+PLAIN = {
+    "peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "task_type", "inference_mode",
+    "base_model_name_or_path", "peft_version",
+}  # fmt: skip
+
+
+def check_adapter(folder: Path, strangers: bool = False) -> None:
     """Raises CourseError where an adapter is damaged, empty or not a number, or is no plain LoRA.
 
     What its config and tokenizer say must not make a library import something, or make a matrix of
-    another size than the one that is there.
+    another size than the one that is there. Of a stranger's, nothing but what the course writes.
     """
     file, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    ranks, learnt, numbers = set(), False, True
     try:
         with safe_open(file, "pt") as tensors:
-            found = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+            for name in tensors.keys():  # noqa: SIM118
+                tensor = tensors.get_tensor(name)
+                half = tensor.is_floating_point() and tensor.dtype.itemsize >= 2
+                if not half or (tensor.ndim != 2 and (strangers or ".lora_A." in name)):
+                    raise ValueError(f"{name} 不是 LoRA 的矩阵")
+                learnt |= bool(tensor.any())
+                numbers &= bool(tensor.isfinite().all())
+                ranks |= {tensor.shape[0]} if ".lora_A." in name else set()
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CourseError(f"适配器 {file} 读不出来（{error}）。") from None
-    if not found or not any(tensor.any() for tensor in found.values()):
+    if not learnt:
         raise CourseError(f"适配器 {file} 里没有学到的东西，全是空的。")
-    if not all(tensor.isfinite().all() for tensor in found.values()):
+    if not numbers:
         raise CourseError(
             f"适配器 {file} 里有不是数的数（NaN），用不了：请用原来那一份，或者重新训练。"
         )
-    ranks = {tensor.shape[0] for name, tensor in found.items() if ".lora_A." in name}
     try:
-        said = json.loads(config.read_text(encoding="utf-8"))
-        names = said["target_modules"]
-        plain = (
-            said["peft_type"] == "LORA" and ranks == {said["r"]} and not said.get("auto_mapping")
-        )
+        from peft import LoraConfig
+
+        said, usual = read_json(config), LoraConfig().to_dict()
+        names, alpha, dropout = said["target_modules"], said["lora_alpha"], said.get("lora_dropout")
+        plain = said["peft_type"] == "LORA" and ranks == {said["r"]}
+        plain &= not said.get("auto_mapping") and said.get("task_type") in (None, "CAUSAL_LM")
         plain &= isinstance(names, list) and all(re.fullmatch(r"[\w.]+", name) for name in names)
+        plain &= type(alpha) in (int, float) and 0 < alpha < 1e6 and 0 <= (dropout or 0) < 1
+        if strangers:
+            plain &= all(said[n] == usual[n] for n in said.keys() & usual.keys() - PLAIN)
         tokenizer = folder / "tokenizer_config.json"
         if tokenizer.exists() and plain:
-            plain = "auto_map" not in json.loads(tokenizer.read_text(encoding="utf-8"))
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            plain = "auto_map" not in read_json(tokenizer)
+    except (OSError, ValueError, LookupError, TypeError):
         plain = False
     if not plain:
         raise CourseError(f"适配器 {folder} 的设置读不出来，或者不是普通的 LoRA：不用它。")
@@ -691,16 +819,26 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def is_result(value) -> bool:
+    """A number, a text, or how many of how many."""
+    if isinstance(value, list):
+        return len(value) == 2 and all(type(n) is int for n in value) and 0 <= value[0] <= value[1]
+    return isinstance(value, int | float | str)
+
+
 def _record(path: Path) -> Path:
     return path / RECORD if path.is_dir() else path.with_name(f"{path.name}.{RECORD}")
 
 
-def _state(path: Path, names=None) -> dict[str, list[int]]:
-    """Size and time of every file of `path`, or of those named; hidden ones and links are passed over."""
+def _state(path: Path, names=None, links=False) -> dict[str, list[int]]:
+    """Size and time of every file of `path`, or of those named; hidden ones are passed over.
+
+    And so are links, unless `links`: models are kept as links to where they were downloaded.
+    """
     if path.is_file():
         found = {"": path}
     else:
-        there = (file for file in path.rglob("*") if file.is_file() and not file.is_symlink())
+        there = (f for f in path.rglob("*") if f.is_file() and (links or not f.is_symlink()))
         found = {file.relative_to(path).as_posix(): file for file in there}
         hidden = re.compile(r"(^|/)\.")
         found = {
@@ -744,6 +882,12 @@ def write_json(path: Path, content: dict) -> None:
         beside.replace(path)
 
 
+def _asked() -> dict[str, str]:
+    """What the environment asks of notebook 01, as others may still hear it."""
+    names = ("HUANHUAN_PROFILE", "HUANHUAN_MODEL", "HUANHUAN_DATA")
+    return {name: os.environ.get(name, "") for name in names}
+
+
 def present_run_dir() -> Path:
     """The run directory of this machine's profile, there already or not."""
     return _run_dir(choose_profile()[0])
@@ -753,16 +897,16 @@ def _run_dir(profile: str) -> Path:
     """HUANHUAN_OUTPUT, or a folder named after the profile, and the persona where it is another."""
     persona = os.environ.get("HUANHUAN_PERSONA")
     name = f"{profile}-{Path(persona).stem}" if persona else profile
-    return Path(os.environ.get("HUANHUAN_OUTPUT") or NOTEBOOKS / "output" / name).resolve()
+    return Path(os.path.realpath(os.environ.get("HUANHUAN_OUTPUT") or NOTEBOOKS / "output" / name))
 
 
 def _read(run_dir: Path) -> dict | None:
     path = run_dir / "manifest.json"
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     try:
         manifest = {part: {} for part in HANDED_ON} | {"reason": ""}
-        manifest |= json.loads(path.read_text(encoding="utf-8"))
+        manifest |= read_json(path)
         parts = [manifest[part] for part in (*HANDED_ON, "profile", "persona")]
         parts += manifest["known"].values()
         texts = [manifest["reason"], *manifest["files"].values()]
@@ -774,7 +918,7 @@ def _read(run_dir: Path) -> dict | None:
         _check_settings(settings)
         Profile(**settings)
         return manifest
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, CourseError):
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, CourseError):
         raise CourseError(
             f"{path} 读不出来了（不完整，或者被改坏了）：请把它改名，再重新运行 01_setup.ipynb。"
         ) from None

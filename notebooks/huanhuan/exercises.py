@@ -9,7 +9,6 @@ kept in ``exercises.json`` of the run directory.
 
 import contextlib
 import gc
-import json
 import math
 import re
 import reprlib
@@ -19,13 +18,13 @@ import traceback
 import weakref
 from pathlib import Path
 
-from huanhuan import DATA, NOTEBOOKS, CourseError, course
+from huanhuan import DATA, NOTEBOOKS, CourseError, course, read_json
 from huanhuan.course import GPU_MEMORY_4BIT_GIB, GPU_MEMORY_GIB, PROFILES, ROWS_PER_STEP
 from huanhuan.persona import NAME, WHO
 from huanhuan.prompt import end_id, prompt_ids, text_ids
 
 BOOKS = ("01_setup", "02_preprocess", "03_train_lora", "04_infer", "05_cleanup")
-TEXTS = json.loads((DATA / "hints.json").read_text(encoding="utf-8"))
+TEXTS = read_json(DATA / "hints.json")
 
 
 class Hint(Exception):
@@ -73,8 +72,11 @@ def check(number: str, answer, *, solution: bool = False, **context) -> None:
             run_dir = course.present_run_dir()
             with course.writing(run_dir):
                 run_dir.mkdir(parents=True, exist_ok=True)
+                file = run_dir / "exercises.json"
+                if not _recorded(run_dir):  # one that cannot be read is kept
+                    course.set_aside(file)
                 now = {str(number): time.strftime("%Y-%m-%d %H:%M:%S")}
-                course.write_json(run_dir / "exercises.json", _recorded(run_dir) | now)
+                course.write_json(file, _recorded(run_dir) | now)
         except (CourseError, OSError) as error:
             print(f"（答对了，只是没有记下来：{error}）")
 
@@ -113,9 +115,8 @@ def _of(notebook: str) -> list[str]:
 
 
 def _recorded(run_dir: Path) -> dict[str, str]:
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        recorded = json.loads((run_dir / "exercises.json").read_text(encoding="utf-8"))
-        return recorded if isinstance(recorded, dict) else {}
+    with contextlib.suppress(OSError, ValueError):
+        return read_json(run_dir / "exercises.json")
     return {}
 
 

@@ -6,7 +6,9 @@ import html
 import json
 import logging
 import math
+import os
 import re
+import shlex
 import shutil
 import sys
 import threading
@@ -27,9 +29,27 @@ from transformers import (
     TextIteratorStreamer,
 )
 
-from huanhuan.course import Course, CourseError, check_adapter, write_json, writing
+from huanhuan import bare, read_json
+from huanhuan.course import (
+    Course,
+    CourseError,
+    check_adapter,
+    is_result,
+    set_aside,
+    write_json,
+    writing,
+)
 from huanhuan.persona import CALLED, FACTS, NAME, QUESTIONS, SYSTEM_PROMPT, WHO
-from huanhuan.prompt import chat_messages, end_id, fit, frame, normalised, pad_token, prompt_ids
+from huanhuan.prompt import (
+    chat_messages,
+    check_template,
+    end_id,
+    fit,
+    frame,
+    normalised,
+    pad_token,
+    prompt_ids,
+)
 
 # No dataset text holds more than this many tokens: a reply that reaches it did not end by itself.
 REPLY_LIMIT = 200
@@ -266,11 +286,11 @@ def past_runs(course: Course) -> pd.DataFrame:
     files = course.run_dir.glob("llama3_lora*/scores.json")
     rows, names = [], []
     for file in sorted(files, key=lambda file: -file.stat().st_mtime):
-        with contextlib.suppress(ValueError):  # of an old one that is damaged nothing is told
-            row = json.loads(file.read_text(encoding="utf-8"))
-            if isinstance(row, dict):
-                rows.append(row)
-                names.append(file.parent.name)
+        with contextlib.suppress(OSError, ValueError):  # of a damaged one nothing is told
+            row = read_json(file)
+            known = {name for names in SCORES.values() for name in names}
+            rows.append({n: x for n, x in row.items() if n in known and is_result(x)})
+            names.append(file.parent.name)
     return pd.DataFrame(rows, index=names).rename_axis("适配器").reset_index()
 
 
@@ -291,7 +311,7 @@ def score_table(runs: pd.DataFrame) -> pd.DataFrame:
     def written(value) -> str:
         if isinstance(value, list | tuple):
             return "{} / {}".format(*value)
-        return f"{value:.4g}" if value is not None and value == value else "—"
+        return f"{value:.4g}" if isinstance(value, int | float) and value == value else "—"
 
     table = {"": list(SCORES)}
     for run in runs.to_dict("records"):
@@ -339,6 +359,8 @@ class Chat:
         `generate` are arguments of ``model.generate`` over the tutorial's sampling. An empty
         question is answered by nothing and not remembered. Ends early after :meth:`stop`.
         """
+        if self.model is None:
+            raise CourseError("模型已经放掉了：请先运行“在本地运行”那一格，把它再加载进来。")
         settings = SAMPLING | generate
         question = question.strip()
         if not question:
@@ -432,7 +454,7 @@ class Chat:
 
 
 MODEL_CARD = """---
-base_model: {base}
+base_model: {quoted}
 library_name: peft
 license: {license}
 ---
@@ -453,7 +475,7 @@ license: {license}
 先安装 `pip install "transformers>=4.57,<6" "peft>=0.17" torch`，再准备基座模型 {base}{fetch}。改掉下面前两行的路径，其余不动：
 
 ```python
-base_path = r"{folder}"  # 你电脑上的基座模型；Windows 上例如 r"D:\\models\\{folder}"
+base_path = {path}  # 你电脑上的基座模型；Windows 上例如 r"D:\\models\\model"
 adapter_path = r"llama3_lora"  # 解压出来的目录
 
 import torch
@@ -482,7 +504,7 @@ for question in {questions}:
 用 vLLM 提供服务，适配器不用合并（`--chat-template` 不能省：包里的模板是训练时用的那一份，基座自带的可能与它不同）：
 
 ```bash
-vllm serve {folder} --max-model-len 4096 --enable-lora --lora-modules huanhuan=llama3_lora --chat-template llama3_lora/chat_template.jinja
+vllm serve {shell} --max-model-len 4096 --enable-lora --lora-modules huanhuan=llama3_lora --chat-template llama3_lora/chat_template.jinja
 ```
 
 {client}
@@ -525,18 +547,22 @@ def plain(text: str) -> str:
 def model_card(course: Course) -> str:
     """What the adapter is, was made from and can do, and the cell that runs it; Markdown."""
     made, rows = course.record("adapter"), course.record("tokenized")["results"]
-    settings, results, model = made["settings"], made["results"], course.path("model")
+    settings, results, model = made["used"], made["results"], course.path("model")
     if "answers" in course.manifest["files"]:
         course.path("answers")
         results = results | course.record("answers")["results"]
     tokenizer = AutoTokenizer.from_pretrained(course.path("adapter"))
-    config, readme = {}, "".join(f.read_text(encoding="utf-8") for f in model.glob("README.md"))
-    for file in sorted(model.glob("*config.json")):  # config.json, then generation_config.json
-        config |= json.loads(file.read_text(encoding="utf-8"))
+    config, readme = {}, "".join(f.read_text("utf-8", "replace") for f in model.glob("README.md"))
+    for name in ("config.json", "generation_config.json"):
+        with contextlib.suppress(OSError, ValueError):
+            config |= read_json(model / name)
     stops = config.get("eos_token_id") or []
-    stops = {end_id(tokenizer), *(stops if isinstance(stops, list) else [stops])}
+    stops = stops if isinstance(stops, list) else [stops]
+    stops = {end_id(tokenizer), *(stop for stop in stops if type(stop) is int)}
     named = re.match(r"---\n(?:(?!---).*\n)*?license: *[\"']?([\w.-]+)", readme)  # front matter
-    license = named[1] if named else (config.get("license") or "other")
+    license = named[1] if named else str(config.get("license") or "other")
+    license = license if re.fullmatch(r"[\w.-]+", license) else "other"
+    base, folder = course.base_name, course.base_name.split("/")[-1]
     # Meta asks for its notice, and for the name of its model at the head of what is made from it.
     llama = re.search(r"\bllama-\d[\d.]*", course.base_name.lower()) or re.match("llama", license)
     scores = []
@@ -553,7 +579,7 @@ def model_card(course: Course) -> str:
     if "stopped_tuned" in results:
         scores.append(f"说完自己停下 {share(*results['stopped_tuned'])}")
     return MODEL_CARD.format(
-        base=course.base_name,
+        base=plain(base),
         license=license,
         title=(f"{llama[0].capitalize()}-" if llama else "") + f"{plain(NAME)} LoRA",
         licence_note="**Built with Llama.** 使用时请遵守基座的 Llama 社区许可。" if llama else "",
@@ -564,17 +590,21 @@ def model_card(course: Course) -> str:
         questions=repr([WHO, *QUESTIONS["daily"][:1]]),
         stops=sorted(stops),
         pad=tokenizer.convert_tokens_to_ids(pad_token(tokenizer)),
-        folder=course.base_name.split("/")[-1],
-        fetch=f"（`modelscope download --model {course.base_name} --local_dir "
-        f"{course.base_name.split('/')[-1]}`，先 `pip install modelscope`）"
-        if "/" in course.base_name
+        # as YAML, as Python, for a shell: the name of a folder may hold anything
+        quoted=json.dumps(base, ensure_ascii=False),
+        path=repr(folder).replace("`", r"\x60"),
+        shell=shlex.quote(" ".join(folder.split())),
+        fetch=f"（`modelscope download --model {base} --local_dir {folder}`，先 `pip install modelscope`）"
+        if "/" in base
         else "（把它的整个目录拷过来）",
         data=plain(Path(course.manifest["files"].get("data", "")).name),
         rows=rows["train_rows"] + rows["eval_rows"],
         held=rows["eval_rows"],
         weights="4 位（nf4）" if settings["quantized"] else settings["dtype"],
         scores="；".join(scores) or "还没有考过",
-        versions="，".join(f"{name} {version}" for name, version in made["versions"].items()),
+        versions=plain(
+            "，".join(f"{name} {version}" for name, version in made["versions"].items())
+        ),
         **{
             name: settings[name]
             for name in ("lora_r", "lora_alpha", "lora_dropout", "epochs", "learning_rate")
@@ -589,7 +619,7 @@ def pack(course: Course, target: Path) -> None:
     this machine.
     """
     folder = course.path("adapter")
-    names = [*course.manifest["known"]["adapter"]["files"]]
+    names = [name for name in course.manifest["known"]["adapter"]["files"] if name in MEMBERS]
     names += ["scores.json"] * (folder / "scores.json").exists()
     content = {name: (folder / name).read_bytes() for name in names}
     content["README.md"] = model_card(course).encode()
@@ -600,60 +630,106 @@ def pack(course: Course, target: Path) -> None:
             archive.writestr(f"{folder.name}/{name}", data)
 
 
-LARGEST = 4 * 2**30  # bytes that a pack may unfold to: an adapter of the 3B with r = 256 is 1.6 GiB
-DENSEST = 200  # times that a file in it may unfold: weights hardly shrink, texts some ten times
+# What a pack holds, beside its own README.md and SHA256SUMS.
+MEMBERS = {
+    "adapter_config.json", "adapter_model.safetensors", "added_tokens.json", "chat_template.jinja", "merges.txt",
+    "scores.json", "special_tokens_map.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+    "vocab.json",
+}  # fmt: skip
+# Bytes of a member at most (an adapter of the 3B with r = 256 is 1.6 GiB), and how many times it may
+# unfold: weights hardly shrink, texts some ten times.
+LARGEST, DENSEST = {True: 4 * 2**30, False: 2**27}, {True: 10, False: 200}
 
 
 def unpack(archive: Path, folder: Path) -> Path:
-    """Unzip a pack into `folder`, anew, and check it; returns the adapter's directory.
+    """Unzip a pack into `folder` and check it; returns the adapter's directory.
 
-    Raises CourseError where a file is damaged, missing, too many or too large, where the adapter
-    holds no numbers, or where something that is no pack lies in `folder`.
+    A former one that differs gets a dated name. Raises CourseError, and leaves everything as it was,
+    where a file is damaged, missing, strange or too large, where adapter or tokenizer are not to be
+    used, or where something that is no pack lies in `folder`.
     """
-    if folder.exists() and {path.name for path in folder.iterdir()} - {"llama3_lora"}:
-        raise CourseError(f"{folder} 里有别的东西，不往里解压：请换一个空目录。")
-    adapter, found = folder / "llama3_lora", {}
+    archive, folder = Path(archive), Path(folder)
+    if not archive.is_file():
+        raise CourseError(f"找不到压缩包 {archive}：请检查写的路径。")
+    adapter, beside = folder / "llama3_lora", folder / "unfinished-llama3_lora"
+    if folder.is_symlink() or adapter.is_symlink():
+        raise CourseError(f"{folder} 是一个链接，或者里面有链接，不往里解压：请换一个空目录。")
+    with writing(folder):
+        there = [path.name for path in folder.iterdir()] if os.path.lexists(folder) else []
+        if not all("llama3_lora" in name for name in there):
+            raise CourseError(f"{folder} 里有别的东西，不往里解压：请换一个空目录。")
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        try:
+            sums = _unfold(archive, beside)
+            check_adapter(beside, strangers=True)
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(beside)
+            except Exception as error:  # each kind of tokenizer fails in its own way
+                why = " ".join(str(error).split())[:200]
+                raise CourseError(f"{archive.name} 里的分词器用不了（{why}）。") from None
+            check_template(tokenizer)
+            former = {f.name: f for f in adapter.iterdir()} if adapter.exists() else {}
+            if former.keys() != sums.keys() or any(_sum(former[n]) != sums[n] for n in sums):
+                set_aside(adapter)
+                beside.rename(adapter)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+    return adapter
+
+
+def _sum(file: Path) -> str:
+    whole = hashlib.sha256()
+    with file.open("rb") as content:
+        while piece := content.read(2**20):
+            whole.update(piece)
+    return whole.hexdigest()
+
+
+def _unfold(archive: Path, folder: Path) -> dict[str, str]:
+    """Write the members of a pack into `folder`; returns their checksums. Raises CourseError."""
     try:
         with zipfile.ZipFile(archive) as packed:
-            members = packed.infolist()
-            if sum(one.file_size for one in members) > LARGEST or any(
-                one.file_size > max(one.compress_size * DENSEST, 2**20) for one in members
-            ):
-                raise CourseError(f"{archive.name} 解开来大得不像适配器，不解压它。")
-            for one in members:
-                start, _, name = one.filename.partition("/")
-                if start != "llama3_lora" or not re.fullmatch(r"\w[\w.-]{0,99}", name):
+            members = [one for one in packed.infolist() if one.filename != "llama3_lora/"]
+            names = [one.filename.removeprefix("llama3_lora/") for one in members]
+            for name, one in zip(names, members, strict=True):
+                weights = name.endswith(".safetensors")
+                if one.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    raise ValueError("不是常用的压缩方式")
+                most = min(LARGEST[weights], max(one.compress_size * DENSEST[weights], 2**20))
+                if one.file_size > most:
+                    raise CourseError(f"{archive.name} 解开来大得不像适配器，不解压它。")
+                known = one.filename == f"llama3_lora/{name}" and names.count(name) == 1
+                if not known or name not in MEMBERS | {"README.md", "SHA256SUMS"}:
                     raise CourseError(
                         f"{archive.name} 里有不该有的文件 {one.filename[:60]!r}，不用它。"
                     )
-                with packed.open(one) as content:
-                    found[name] = content.read(one.file_size + 1)
-        listed = {}
-        for line in found.pop("SHA256SUMS").decode().splitlines():
-            expected, name = line.split("  ", 1)
-            listed[name] = expected
-        if listed.keys() != found.keys():
-            odd = "、".join(sorted(listed.keys() ^ found.keys()))[:200]
-            raise CourseError(f"{archive.name} 里的文件与校验和清单对不上（{odd}）：请重新下载。")
-        for name, data in found.items():
-            if hashlib.sha256(data).hexdigest() != listed[name]:
-                raise CourseError(f"{archive.name} 里的 {name} 与校验和不符：请重新下载。")
+            for name, one in zip(names, members, strict=True):
+                with packed.open(one) as content, (folder / name).open("wb") as file:
+                    shutil.copyfileobj(content, file, 2**20)
+        text = (folder / "SHA256SUMS").read_text(encoding="utf-8")
+        listed = {
+            name: expected for expected, name in (s.split("  ", 1) for s in text.splitlines())
+        }
+        (folder / "SHA256SUMS").unlink()
     except (
-        OSError,
+        FileNotFoundError,  # without SHA256SUMS
         ValueError,
         KeyError,
+        EOFError,
         RuntimeError,  # a password is asked for, or what zipfile has not implemented
         zlib.error,
         zipfile.BadZipFile,
     ) as error:
         raise CourseError(f"{archive.name} 不完整（{error}）：请重新下载。") from None
-    with writing(folder):
-        shutil.rmtree(adapter, ignore_errors=True)
-        adapter.mkdir(parents=True)
-        for name, data in found.items():
-            (adapter / name).write_bytes(data)
-    check_adapter(adapter)
-    return adapter
+    found = {file.name: _sum(file) for file in folder.iterdir()}
+    if listed.keys() != found.keys():
+        odd = "、".join(sorted(listed.keys() ^ found.keys()))[:200]
+        raise CourseError(f"{archive.name} 里的文件与校验和清单对不上（{odd}）：请重新下载。")
+    for name in found:
+        if found[name] != listed[name]:
+            raise CourseError(f"{archive.name} 里的 {name} 与校验和不符：请重新下载。")
+    return found
 
 
 def export_folder(course: Course, model, typed: str = "") -> Path:
@@ -663,7 +739,7 @@ def export_folder(course: Course, model, typed: str = "") -> Path:
     there is no room for `model` twice in 16 bits.
     """
     place = Path("/content") if "google.colab" in sys.modules else course.run_dir
-    folder = Path(typed).expanduser() if typed else place
+    folder = Path(os.path.expanduser(bare(typed))) if typed else place
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     needs = 2 * model.num_parameters() * 2 / 2**30

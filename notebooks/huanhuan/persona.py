@@ -1,10 +1,10 @@
 """Who is played: the persona file, what only its data tells, and the questions of the exam."""
 
-import json
 import os
+import unicodedata
 from pathlib import Path
 
-from huanhuan import DATA, CourseError
+from huanhuan import DATA, CourseError, read_json
 
 # The one place that says who is played: name, system prompt, what the persona is called in its own
 # answers (any of these), and the dataset, beside this file unless it is an absolute path. Where there
@@ -20,33 +20,37 @@ _FACT = '{"ask": ["没训练过的问法", …], "expected": ["答案里该有�
 def read_persona(file: Path) -> dict:
     """The persona in a JSON file. Raises CourseError where it cannot be read or a field is wrong."""
     try:
-        persona = json.loads(file.read_text(encoding="utf-8"))
-        kinds = _FIELDS | {name: kind for name, kind in _OPTIONAL.items() if name in persona}
-        wrong = [name for name, kind in kinds.items() if not isinstance(persona.get(name), kind)]
-        texts = {name: persona.get(name) for name in ("name", "system_prompt", "dataset")}
-        wrong += [
-            name for name, text in texts.items() if isinstance(text, str) and not text.strip()
-        ]
-        if not all(isinstance(word, str) and word.strip() for word in persona.get("called") or [0]):
-            wrong.append("called")
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+        persona = read_json(file)
+    except (OSError, ValueError) as error:
         raise CourseError(
             f"角色文件 {file} 读不出来（{error}）：请检查 HUANHUAN_PERSONA。"
         ) from None
+    kinds = _FIELDS | {name: kind for name, kind in _OPTIONAL.items() if name in persona}
+    wrong = [name for name, kind in kinds.items() if not isinstance(persona.get(name), kind)]
+    wrong += [n for n, kind in kinds.items() if kind is str and not _is_text(persona.get(n))]
+    wrong += ["called"] * (not _are_texts(persona.get("called")))
     if wrong:
         raise CourseError(
             f"角色文件 {file.name} 里缺少 {'、'.join(dict.fromkeys(wrong))}，或者类型不对：照 data/persona_huanhuan.json 的样子写。"
         )
     for number, fact in enumerate(persona.get("facts", []), 1):
         lists = [fact.get(part) for part in ("ask", "expected")] if isinstance(fact, dict) else [0]
-        if not all(
-            isinstance(texts, list) and texts and all(isinstance(t, str) and t for t in texts)
-            for texts in lists
-        ):
+        if not all(map(_are_texts, lists)):
             raise CourseError(
                 f"角色文件 {file.name} 的 facts 第 {number} 项应当是 {_FACT}，请照着改。"
             )
     return persona
+
+
+def _is_text(value) -> bool:
+    """Something to read, with no control character and no half of an emoji in it."""
+    if not isinstance(value, str) or not value.strip():
+        return False
+    return not any(unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\r\t" for c in value)
+
+
+def _are_texts(value) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_text, value))
 
 
 def read_questions(file: Path) -> dict:
@@ -55,14 +59,15 @@ def read_questions(file: Path) -> dict:
     only a wrong one holds)}``, in the file ``[{"question", "expected", "wrong"}]``. Raises CourseError.
     """
     try:
-        questions = json.loads(file.read_text(encoding="utf-8"))
+        questions = read_json(file)
+        lists = {name: questions[name] for name in ("known", "identity", "daily")}
         general = {
-            one["question"]: (list(one["expected"]), list(one.get("wrong", [])))
-            for one in questions["general"]
+            one["question"]: (one["expected"], one.get("wrong", [])) for one in questions["general"]
         }
-        lists = {name: list(questions[name]) for name in ("known", "identity", "daily")}
-        if not lists["known"]:
-            raise ValueError("known 是空的")
+        needed = [lists["known"], *(expected for expected, _ in general.values())]
+        others = [lists["identity"], lists["daily"], [*general], *(x for _, x in general.values())]
+        if not all(map(_are_texts, needed + [texts for texts in others if texts != []])):
+            raise ValueError("应当是文字的数组，known 和 expected 不能是空的")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CourseError(
             f"考题文件 {file} 读不出来（{error}）：照 data/{_TEXTS} 的样子写。"

@@ -6,13 +6,13 @@ what fills a batch are read from the model's own tokenizer and chat template.
 
 import json
 import re
+import subprocess
+import sys
 import unicodedata
 from collections.abc import Sequence
 from datetime import datetime
 from functools import lru_cache
 from itertools import pairwise
-
-from jinja2 import TemplateError
 
 from huanhuan import CourseError
 from huanhuan.persona import SYSTEM_PROMPT
@@ -88,7 +88,7 @@ def _takes_system(tokenizer, template) -> bool:
     try:
         rendered = _rendered(tokenizer, _messages(_SLOTS[1:2], _SLOTS[0]))
         return all(rendered.count(slot) == 1 for slot in _SLOTS[:2])
-    except TemplateError:
+    except Exception:  # a template is a program, and may fail in any way
         return False
 
 
@@ -269,31 +269,81 @@ def pad_token(tokenizer) -> str:
     return tokenizer.eos_token
 
 
+# Of a model's own way of answering, what is kept.
+SAMPLES = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty")
+
+
 def end_generation(model, tokenizer) -> None:
     """See that `model` stops where an answer ends, in this run; says so where its own config does not."""
+    from transformers import GenerationConfig
+
     config, end = model.generation_config, end_id(tokenizer)
     stops = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    stops = [stop for stop in stops if stop is not None]
+    stops = [stop for stop in stops if type(stop) is int]
+    # What it says of beams, of time and of texts to return would break the questions' order.
+    said = {name: getattr(config, name, None) for name in SAMPLES}
+    config = GenerationConfig(**{n: x for n, x in said.items() if isinstance(x, int | float)})
+    getattr(model, "get_base_model", lambda: model)().generation_config = config
     if end not in stops:
         print(
             f"模型的 generation_config 里没有结束标记 {tokenizer.decode([end])}，这次运行加上它。"
         )
+    config.bos_token_id = tokenizer.bos_token_id
     config.eos_token_id = [*stops, *[end] * (end not in stops)]
     config.pad_token_id = tokenizer.convert_tokens_to_ids(pad_token(tokenizer))
+
+
+# Renders a template in a process of its own, which may not take more than so much.
+_ALONE = """
+import json, sys
+from transformers.utils.chat_template_utils import render_jinja_template
+given = json.load(sys.stdin)
+try:
+    import resource
+    size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + 2**29,) * 2)
+    used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
+    resource.setrlimit(resource.RLIMIT_CPU, (int(used) + 2,) * 2)
+except (ImportError, OSError):
+    pass  # no such limits on Windows; there are the seconds
+for messages in given.pop("conversations"):
+    try:
+        render_jinja_template([messages], add_generation_prompt=True, **given)
+    except MemoryError:
+        sys.exit(1)
+    except Exception:
+        pass  # what is wrong is said where it is rendered again
+"""
+ALONE_SECONDS = 60  # for what takes some thousandths, and a second to begin
+
+
+def _check_ends(tokenizer) -> None:
+    """Raises CourseError where the template takes for ever, or all the memory there is."""
+    turns = _messages(["甲", "乙", "丙"], None)
+    given = tokenizer.special_tokens_map | template_options(tokenizer)
+    given["conversations"] = [_messages(["甲"], "丁"), turns[:1], turns]
+    try:
+        subprocess.run(
+            [sys.executable, "-c", _ALONE], input=json.dumps(given), text=True, check=True,
+            capture_output=True, timeout=ALONE_SECONDS, encoding="utf-8",
+        )  # fmt: skip
+    except (subprocess.SubprocessError, OSError, TypeError, ValueError):
+        raise CourseError("这个模型的聊天模板写不完一段对话：不用它，请换一个模型。") from None
 
 
 def check_template(tokenizer) -> None:
     """See that the course can talk with a model through its chat template.
 
-    Raises CourseError with what is missing: a template at all, an end mark, an answer without
-    thinking first.
+    Raises CourseError with what is missing: a template at all, an end to its work, an end mark, an
+    answer without thinking first.
     """
     if not tokenizer.chat_template:
         raise CourseError("这是基座模型，没有聊天模板：请改用名字里带 Instruct 或 Chat 的那一个。")
+    _check_ends(tokenizer)
     try:
         written = frame(tokenizer, 1, system=False)[-1]
         order = _frame(tokenizer, tokenizer.get_chat_template(), 3, False)[1]
-    except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
+    except Exception as error:  # a template is a program, and may fail in any way
         raise CourseError(
             f"这个模型的聊天模板用不了（{error}）：请换一个对话（Instruct）模型。"
         ) from None

@@ -3,20 +3,18 @@
 import contextlib
 import importlib.metadata
 import importlib.util
-import json
+import math
 import os
-import queue
 import re
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 
-from huanhuan import NOTEBOOKS, CourseError
+from huanhuan import NOTEBOOKS, CourseError, bare, read_json
 from huanhuan.course import (
     ARTEFACTS,
     CPU_ONLY_TORCH,
@@ -25,7 +23,6 @@ from huanhuan.course import (
     gpu_name,
     idle_gpu,
     size,
-    writing,
 )
 from huanhuan.persona import SAMPLE
 from huanhuan.prompt import check_template, end_id, pad_token, prompt_ids
@@ -153,14 +150,14 @@ def dataset_file(course: Course, typed: str = "") -> Path:
         asked, whose = course.uploads[-1], "你上传的"
     else:
         asked, whose = SAMPLE, "课程自带的样例"
-    path = Path(asked).expanduser().resolve()
-    if not path.is_file():
-        places = [place / asked for place in (Path.cwd(), NOTEBOOKS.parent)]
-        path = next((place.resolve() for place in places if place.is_file()), path)
-    if not path.is_file():
+    asked = os.path.expanduser(bare(str(asked)))
+    places = [os.path.join(place, asked) for place in (Path.cwd(), NOTEBOOKS.parent)]
+    found = [place for place in places if os.path.isfile(place)]
+    if not found:
         raise CourseError(
-            f"找不到数据集 {asked}：请检查文件名。找过的地方是 {'、'.join(map(str, places))}。"
+            f"找不到数据集 {asked[:200]}：请检查文件名。找过的地方是 {Path.cwd()}、{NOTEBOOKS.parent}。"
         )
+    path = Path(os.path.realpath(found[0]))
     print(f"数据集：{path.name}（{whose}）")
     return path
 
@@ -182,11 +179,12 @@ def without_placeholders(
             f"数据里有还没填的占位符：{named}。照这样训练，她会原样说出来。请在这一格里写上换成什么，"
             f'例如 my_names = {{"{left[0]}": "甄嬛"}}；本来就要原样留着的，写它自己。'
         )
+    if not all(isinstance(value, str) for value in values.values()):
+        raise CourseError("my_names 里，每个占位符换成的都要是带引号的文字。")
     rows = fill_placeholders(rows, values)
     path = course.run_dir / "filled.json"
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        rows.to_json(path, orient="records", force_ascii=False, indent=1)
+    with course.replacing(path) as file:
+        rows.to_json(file, orient="records", force_ascii=False, indent=1)
     print(f"占位符换好了，用的是 {path}，你的原文件没有动。")
     return path, rows
 
@@ -196,12 +194,12 @@ def local_folder(model: str) -> str | None:
 
     A hub id has two parts, ``owner/name``. Raises CourseError for what is neither.
     """
-    path = Path(model).expanduser()
-    if model and path.is_dir():
-        return str(path.resolve())
+    path = os.path.expanduser(model)
+    if model and os.path.isdir(path):
+        return os.path.realpath(path)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
         raise CourseError(
-            f"找不到模型目录 {model}，它也不是“作者/模型”这样两段的魔搭名字：请检查 HUANHUAN_MODEL 有没有写错。"
+            f"找不到模型目录 {model[:200]}，它也不是“作者/模型”这样两段的魔搭名字：请检查 HUANHUAN_MODEL 有没有写错。"
         )
     return None
 
@@ -221,7 +219,6 @@ def reaching(model: str) -> Iterator[None]:
         ) from None
 
 
-TEMPLATE_SECONDS = 10  # for what takes some thousandths
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
 LITTLE = (".json", ".jinja", ".model", ".txt", ".md")  # what tells a model's kind; a few MB
 
@@ -237,8 +234,8 @@ def look_at_model(course: Course) -> str:
     model, revision = course.profile.model, course.profile.revision
     folder = local_folder(model)
     if folder:
-        found = [path for path in Path(folder).rglob("*") if path.is_file()]
-        sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in found}
+        with os.scandir(folder) as found:
+            sizes = {entry.name: entry.stat().st_size for entry in found if entry.is_file()}
     else:
         from modelscope import snapshot_download
         from modelscope.hub.api import HubApi
@@ -264,7 +261,7 @@ def look_at_model(course: Course) -> str:
             "里放不下问题和回答：请把提示词写短，或者用 Course.start(max_length=…) 改大。"
         )
     room = shutil.disk_usage(folder).free
-    here = sum(path.stat().st_size for path in Path(folder).rglob("*.safetensors"))
+    here = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
     if weights - here > room:
         raise CourseError(
             f"模型的权重有 {weights / 2**30:.1f} GiB，{folder} 所在的磁盘只剩 {room / 2**30:.1f} GiB："
@@ -281,15 +278,13 @@ def check_kind(folder: str | Path):
 
     Reads configuration and tokenizer only. Raises CourseError, one sentence, where it is not.
     """
-    from transformers import AutoConfig, AutoTokenizer, __version__
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig, __version__
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     read = {}
     for name in ("config.json", "tokenizer_config.json"):
         try:
-            read[name] = json.loads((Path(folder) / name).read_text(encoding="utf-8"))
-            if not isinstance(read[name], dict):
-                raise ValueError("不是对象")
+            read[name] = read_json(Path(folder) / name)
         except FileNotFoundError:
             raise CourseError(
                 f"模型目录 {folder} 里缺少 {name}：请换一个 transformers 格式的模型，或者重新下载。"
@@ -303,36 +298,29 @@ def check_kind(folder: str | Path):
             "请换一个 transformers 自带支持的版本，例如名字以 -hf 结尾的那个。"
         )
     kind = config.get("model_type")
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if not isinstance(kind, str) or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise CourseError(
             f"这里装的 transformers {__version__} 不认识“{kind}”这种对话模型：先运行 "
             "pip install --upgrade transformers 再重启内核；还是不行，请换一个模型。"
         )
     if "quantization_config" in config:
         raise CourseError("这份权重是压缩（量化）过的，不能在上面训练：请换没有量化的那个版本。")
+    if (Path(folder) / "adapter_config.json").exists():
+        raise CourseError(
+            f"{folder} 里混着一个适配器（adapter_config.json），加载时会一起算进去，看不出微调前是什么样："
+            "请把模型和适配器分开放。"
+        )
     try:
         AutoConfig.from_pretrained(folder)
+        if (Path(folder) / "generation_config.json").exists():
+            GenerationConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # each kind of tokenizer fails in its own way
         why = " ".join(str(error).split())[:200]
         raise CourseError(
-            f"模型的配置或分词器用不了（{why}）：请重新下载，或者换一个模型。"
+            f"模型的配置（config.json、generation_config.json）或分词器用不了（{why}）：请重新下载，或者换一个模型。"
         ) from None
-    outcome = queue.SimpleQueue()
-
-    def look() -> None:
-        try:
-            outcome.put(check_template(tokenizer))
-        except BaseException as error:  # raised again by the thread that waits
-            outcome.put(error)
-
-    threading.Thread(target=look, daemon=True).start()  # a template is a program: it may not end
-    try:
-        error = outcome.get(timeout=TEMPLATE_SECONDS)
-    except queue.Empty:
-        raise CourseError("这个模型的聊天模板写不完一段对话：不用它，请换一个模型。") from None
-    if error:
-        raise error
+    check_template(tokenizer)
     return tokenizer
 
 
@@ -348,7 +336,9 @@ def check_model(model_dir: str | Path) -> str:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         try:
-            weights = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            weights = set(read_json(index)["weight_map"].values())
+            if not all(isinstance(name, str) for name in weights) or not weights:
+                raise ValueError
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             raise CourseError(
                 f"模型目录 {folder} 里的 {index.name} 坏了：请删掉它，再运行一次下载那一格。"
@@ -358,16 +348,37 @@ def check_model(model_dir: str | Path) -> str:
         raise CourseError(
             f"模型目录 {folder} 里缺少 {'、'.join(missing)}：多半是下载中断了，请再运行一次下载那一格，会接着下完。"
         )
+    tensors, numbers = 0, 0
     for name in sorted(weights):
         try:
             with safe_open(folder / name, "pt") as file:  # reads the head, which knows the length
-                file.keys()
+                shapes = [file.get_slice(key).get_shape() for key in file.keys()]  # noqa: SIM118
         except (OSError, SafetensorError):
             raise CourseError(
                 f"模型目录 {folder} 里的 {name} 不完整：请删掉它，再运行一次下载那一格。"
             ) from None
-    files = [path for path in folder.rglob("*") if path.is_file()]
+        tensors, numbers = tensors + len(shapes), numbers + sum(map(math.prod, shapes))
+    if numbers < _needed(folder, tensors):  # transformers would fill up what lacks with random ones
+        raise CourseError(
+            f"模型目录 {folder} 里的权重比 config.json 说的少：请重新下载，或者换一个模型。"
+        )
+    files = [path for path in folder.iterdir() if path.is_file()]
     return f"模型完整：{len(files)} 个文件，共 {sum(path.stat().st_size for path in files) / 2**20:,.0f} MiB"
+
+
+def _needed(folder: Path, tensors: int) -> float:
+    """How many numbers the model is to have by its config.json; infinite where `tensors` cannot do."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    if config.get_text_config().num_hidden_layers > tensors:
+        return math.inf
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config).num_parameters()
+    except Exception:  # each kind of model fails in its own way; then loading it says so
+        return 0
 
 
 def doctor(course: Course) -> pd.DataFrame:

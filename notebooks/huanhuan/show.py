@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import random
+import re
 import shutil
 import tempfile
 import threading
@@ -57,6 +58,7 @@ class Figure:
         """Write the SVG. Of several processes, only the first does."""
         if RANK == 0:
             with writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(self.svg, encoding="utf-8")
 
 
@@ -92,6 +94,8 @@ def loss_curve(history: list[dict], before: float | None = None) -> Figure:
     `history` is ``trainer.state.log_history``; `before` the held-out loss at step 0.
     """
     train = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    if not train:
+        raise CourseError("还没有训练过，没有曲线可画：请先运行训练那一格（trainer.train）。")
     held = ([(0, before)] if before is not None else []) + [
         (e["step"], e["eval_loss"]) for e in history if "eval_loss" in e
     ]
@@ -351,16 +355,14 @@ def file_picker(course: Course, check: Callable[[Path], pd.DataFrame]):
         name, file = (
             next(iter(value.items())) if isinstance(value, dict) else (value[0]["name"], value[0])
         )
-        name, content = Path(name).name, bytes(file["content"])
+        # Neither hidden nor a path, nor too long for a disk.
+        name = re.sub(r"[^\w.()（） -]", "_", Path(name).name).lstrip(".")[-60:] or "data"
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / name
-            copy.write_bytes(content)
-            target = course.run_dir / "uploads" / name
+            copy.write_bytes(bytes(file["content"]))
             try:
                 rows = check(copy)
-                with writing(target):
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    course.set_aside(target)
+                with course.replacing(course.run_dir / "uploads" / name) as target:
                     shutil.copy(copy, target)
             except CourseError as error:
                 said.value = (

@@ -2,14 +2,15 @@
 
 import contextlib
 import ctypes
+import filecmp
 import gc
 import json
 import logging
-import os
 import random
 import re
 import shutil
 import signal
+import tempfile
 import threading
 import time
 import zipfile
@@ -23,6 +24,7 @@ import psutil
 import torch
 import transformers
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import should_reduce_batch_size
 from peft import LoraConfig, get_peft_model
@@ -33,8 +35,10 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from huanhuan import CourseError
+from huanhuan import CourseError, read_json
 from huanhuan.course import (
+    ARTEFACTS,
+    PROCESSES,
     RANK,
     ROWS_PER_STEP,
     SHARDED,
@@ -43,6 +47,7 @@ from huanhuan.course import (
     check_adapter,
     lasting,
     peak_memory_gib,
+    set_aside,
     write_json,
     writing,
 )
@@ -50,7 +55,6 @@ from huanhuan.prompt import fixed_template
 
 GIB = 2**30
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # that train together; torchrun sets it
 
 TOO_BIG = """训练放不进内存。可以这样做：
 1. 关掉别的笔记本的内核（菜单 内核 → 关闭所有内核 / Kernel → Shut Down All Kernels），重新运行 03；
@@ -225,9 +229,9 @@ def lora_targets(model, names: list[str]) -> list[str]:
     """
     head = model.get_output_embeddings()
     linear = {
-        name.rsplit(".", 1)[-1]
+        name.removesuffix(".base_layer").rsplit(".", 1)[-1]  # of a model that has its LoRA already
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
+        if isinstance(module, torch.nn.Linear) and module is not head and ".lora_" not in name
     }
     return names if linear >= {*names} else sorted(linear)
 
@@ -338,13 +342,33 @@ def as_if_trained(model) -> Iterator[None]:
 @contextlib.contextmanager
 def trial_adapter(model, config: LoraConfig) -> Iterator[None]:
     """Inside, a fresh adapter by `config` is the one that learns; then it is thrown away."""
+    only_default(model)
     model.add_adapter("trial", config)
     model.set_adapter("trial")
     try:
         yield
-    finally:  # stopped half-way, it may be tried again
+    finally:
+        only_default(model)
+
+
+def only_default(model) -> None:
+    """Make the adapter that is trained the only one: a ■ may have left another beside it, at work."""
+    if "default" in getattr(model, "peft_config", {}):
         model.set_adapter("default")
-        model.delete_adapter("trial")
+        for name in [name for name in model.peft_config if name != "default"]:
+            model.delete_adapter(name)
+
+
+@contextlib.contextmanager
+def read_back(model, folder: Path) -> Iterator[None]:
+    """Inside, the adapter in `folder`, read back from the disk, is at work instead of the one in memory."""
+    only_default(model)
+    try:
+        model.load_adapter(folder, adapter_name="reloaded")
+        model.set_adapter("reloaded")
+        yield
+    finally:
+        only_default(model)
 
 
 def trainable_share(model) -> str:
@@ -571,7 +595,7 @@ def choose_split(
     from all over the data, timed. Weights, gradients and random state stay as they were. Of several
     processes, all take what the first found. Raises CourseError where none fits.
     """
-    unfinished = _unfinished(course.run_dir / "checkpoints", recipe)
+    unfinished = _unfinished(course.run_dir / "checkpoints", _whole_recipe(course, recipe))
     if unfinished:
         print("上次的训练还没有完，接着用它的批次划分。")
         return Split(**unfinished["split"])
@@ -691,7 +715,32 @@ class Stop(transformers.TrainerCallback):
 
     def on_step_end(self, args, state, control, **_):
         if self.asked:
-            control.should_save = control.should_training_stop = True
+            control.should_training_stop = True
+            control.should_save = args.save_strategy != "no"
+
+
+# What else decides the result, beside the recipe: names of TrainingArguments.
+DECIDE = (
+    "learning_rate", "num_train_epochs", "max_steps", "seed", "lr_scheduler_type", "warmup_steps",
+    "weight_decay", "max_grad_norm", "optim",
+)  # fmt: skip
+
+
+def insist_on_state() -> None:
+    """New TrainingArguments take from accelerate what an earlier trainer stands on: say so."""
+    if not AcceleratorState._shared_state:
+        raise CourseError(
+            "TrainingArguments 是新的，Trainer 还是旧的：请先运行 CourseTrainer 那一格。"
+        )
+
+
+def used(trainer) -> dict[str, float]:
+    """With which settings the adapter was trained: the notebook's own numbers may not be the profile's."""
+    lora, args = trainer.model.peft_config["default"], trainer.args
+    return {
+        "lora_r": lora.r, "lora_alpha": lora.lora_alpha, "lora_dropout": lora.lora_dropout,
+        "learning_rate": args.learning_rate, "epochs": args.num_train_epochs,
+    }  # fmt: skip
 
 
 class CourseTrainer(transformers.Trainer):
@@ -708,6 +757,9 @@ class CourseTrainer(transformers.Trainer):
     def __init__(self, *, args, train_dataset, **others):
         args.ddp_find_unused_parameters = False  # the adapter's are all used
         args.disable_tqdm = True  # Progress says how far it is, a line at a time
+        if args.save_strategy == "no":  # a trial: nothing of it belongs among the checkpoints
+            self._place = tempfile.TemporaryDirectory()
+            args.output_dir = self._place.name
         with writing(Path(args.output_dir)):
             super().__init__(args=args, train_dataset=_fill_last_step(train_dataset), **others)
         self.remove_callback(transformers.PrinterCallback)
@@ -723,13 +775,19 @@ class CourseTrainer(transformers.Trainer):
             fresh = self.model.__dict__.setdefault("fresh_adapter", fresh)
         self._fresh = fresh
         self.split = Split(args.per_device_train_batch_size, bool(args.gradient_checkpointing))
-        self._beside = None
+        self._beside, self._recipe = None, {}
+        self._adapter = getattr(self.model, "active_adapter", "")
 
     def train(self, resume_from_checkpoint=None, **others):
         # accelerate takes a model that has been evaluated for prepared, and would not give it to
         # DDP: the processes would train apart, each on its share, without a word.
         self.model._is_accelerate_prepared = False
+        insist_on_state()
+        if self._adapter == "default":  # a ■ may have left another at work
+            only_default(self.model)
         folder = Path(self.args.output_dir)
+        if not self._keeps_to(folder, resume_from_checkpoint):
+            resume_from_checkpoint = None
         while True:
             self.optimizer = self.lr_scheduler = None  # those of a training before know its steps
             if resume_from_checkpoint is None:
@@ -743,9 +801,10 @@ class CourseTrainer(transformers.Trainer):
                 with writing(folder):
                     result = super().train(resume_from_checkpoint=resume_from_checkpoint, **others)
                 if self.stop.asked and self.state.global_step < self.state.max_steps:
-                    raise CourseError(
-                        f"停在第 {self.state.global_step} 步，已存好；再运行这一格就接着训练。"
-                    )
+                    kept = "已存好；再运行这一格就接着训练。"
+                    if self.args.save_strategy == "no":
+                        kept = "这是试一试，没有存；再运行这一格，从头再试。"
+                    raise CourseError(f"停在第 {self.state.global_step} 步，{kept}")
                 return result
             except KeyboardInterrupt:
                 saved = max(map(_step, _checkpoints(folder)), default=0)
@@ -763,6 +822,41 @@ class CourseTrainer(transformers.Trainer):
             # Not within `except`: the error's traceback holds on to the batch that was too big.
             print(f"第 {self.state.global_step + 1} 步内存不够，改成 {smaller}，从这一步接着训练。")
             resume_from_checkpoint = self._go_on_with(smaller)
+
+    def _keeps_to(self, folder: Path, checkpoint) -> bool:
+        """Note by what arguments is trained; False, and a word, if the checkpoints are by others."""
+        if not (folder / "recipe.json").exists():
+            return True
+        self._recipe = read_json(folder / "recipe.json")
+        now = {name: str(getattr(self.args, name)) for name in DECIDE}
+        before = self._recipe.get("args", now)
+        self._recipe["args"] = now
+        self.accelerator.wait_for_everyone()
+        same = before == now or not checkpoint
+        moved = None if same else set_aside(folder)
+        if self.is_world_process_zero():
+            folder.mkdir(exist_ok=True)
+            write_json(folder / "recipe.json", self._recipe)
+        self.accelerator.wait_for_everyone()
+        if moved:
+            changed = "，".join(f"{n} {before[n]} → {now[n]}" for n in now if before[n] != now[n])
+            print(
+                f"TrainingArguments 改过（{changed}），从头开始；以前的检查点改名为 {moved.name}。"
+            )
+        return same
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        if self._beside is None and not _internal_call:  # for good
+            if self.state.global_step < max(self.state.max_steps, 1):
+                raise CourseError(
+                    f"训练停在第 {self.state.global_step} 步，没有跑完，不存：请先把训练那一格运行完。"
+                )
+            only_default(self.model)
+        super().save_model(output_dir, _internal_call)
+
+    def evaluate(self, *args, **others):
+        insist_on_state()
+        return super().evaluate(*args, **others)
 
     def evaluation_loop(self, *args, **others):
         """The Trainer's, but the loss is the mean over all labels: its own is one over batches."""
@@ -810,10 +904,9 @@ class CourseTrainer(transformers.Trainer):
         if split.checkpointing:
             checkpoint_activations(self.model)
         folder = Path(self.args.output_dir)
-        written = folder / "recipe.json"
-        if written.exists():
-            recipe = json.loads(written.read_text(encoding="utf-8"))["recipe"]
-            _write_recipe(folder, recipe, split)
+        if self._recipe:
+            self._recipe["split"] = asdict(split)
+            write_json(folder / "recipe.json", self._recipe)
         if self.state.global_step == 0:
             return None
         self._save_checkpoint(self.model, trial=None)
@@ -840,9 +933,12 @@ class CourseTrainer(transformers.Trainer):
             shutil.rmtree(folder / name)
         (folder / "unfinished" / name).rename(folder / name)
         shutil.rmtree(folder / "unfinished")
+        if self._recipe and not (folder / "recipe.json").exists():  # somebody tidied up
+            write_json(folder / "recipe.json", self._recipe)
         if self.args.save_total_limit:
             # By their steps: a clock may go back.
-            for old in _checkpoints(folder)[: -self.args.save_total_limit]:
+            former = [c for c in _checkpoints(folder) if _step(c) <= self.state.global_step]
+            for old in former[: -self.args.save_total_limit]:
                 shutil.rmtree(old)
 
 
@@ -865,7 +961,9 @@ def _step(checkpoint: Path) -> int:
 def _checkpoints(folder: Path) -> list[Path]:
     """Those in `folder`, the first step first."""
     found = [
-        path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)
+        path
+        for path in folder.glob("checkpoint-*")
+        if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir() and not path.is_symlink()
     ]
     return sorted(found, key=_step)
 
@@ -874,68 +972,85 @@ def _plain(recipe: dict) -> dict:
     return json.loads(json.dumps(recipe, default=str))
 
 
-def _write_recipe(folder: Path, recipe: dict, split: Split) -> None:
-    content = {"recipe": _plain(recipe), "split": asdict(split)}
-    write_json(folder / "recipe.json", content)
+def _whole_recipe(course: Course, recipe: dict) -> dict:
+    """`recipe`, and of which model and which rows: they may have changed in place."""
+    of = {
+        name: course.manifest["known"].get(name, {}).get("id") for name in ARTEFACTS["adapter"].of
+    }
+    return _plain(recipe | {"of": of})
 
 
 def _unfinished(folder: Path, recipe: dict) -> dict | None:
-    """What stands beside the checkpoints of a training by `recipe`, if it was cut off.
+    """What stands beside the checkpoints of a training by `recipe`, if its adapter was not saved.
 
-    ``{"recipe": …, "split": …, "checkpoint": the last whole one or None, "damaged": […]}``
+    ``{"recipe": …, "split": …, "checkpoint": the last whole one or None, "damaged": […], "ended": bool}``
     """
     try:
-        written = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        written = read_json(folder / "recipe.json")
+        Split(**written["split"])
+    except (OSError, ValueError, LookupError, TypeError):
         return None
-    if written.get("recipe") != _plain(recipe):
+    if written.get("recipe") != recipe:
         return None
     found = _checkpoints(folder)
     whole = [path for path in found if _is_whole(path)]
     damaged = [path for path in found if path not in whole]
+    ended, weights = False, "adapter_model.safetensors"
     if whole:
-        state = json.loads((whole[-1] / "trainer_state.json").read_text(encoding="utf-8"))
-        if state["global_step"] >= state["max_steps"]:
+        state = read_json(whole[-1] / "trainer_state.json")
+        ended = state["global_step"] >= state["max_steps"]
+        saved = folder.parent / ARTEFACTS["adapter"].file / weights
+        if ended and saved.exists() and filecmp.cmp(saved, whole[-1] / weights, shallow=False):
             return None
-    return written | {"checkpoint": whole[-1] if whole else None, "damaged": damaged}
+    last = whole[-1] if whole else None
+    return written | {"checkpoint": last, "damaged": damaged, "ended": ended}
 
 
 def resume_point(course: Course, recipe: dict, split: Split) -> Path | None:
     """The checkpoint from which this training can go on, or None to start afresh.
 
     `recipe` is everything that decides the result (arguments, data). It is kept beside the
-    checkpoints; those of another recipe, or of a training that came to its end, are renamed and
+    checkpoints; those of another recipe, or of a training whose adapter was saved, are renamed and
     stay on disk. A damaged checkpoint is passed over.
     """
-    folder = course.run_dir / "checkpoints"
+    if "tokenized" in course.manifest["files"]:
+        course.path("tokenized")  # still what this kernel has read
+    folder, recipe = course.run_dir / "checkpoints", _whole_recipe(course, recipe)
     with PartialState().main_process_first():  # it renames; the others only look
         unfinished = _unfinished(folder, recipe)
         if unfinished is None:
             with writing(folder):
                 moved = course.set_aside(folder)
                 folder.mkdir(parents=True, exist_ok=True)
-                _write_recipe(folder, recipe, split)
+                write_json(folder / "recipe.json", {"recipe": recipe, "split": asdict(split)})
             if moved:
                 print(f"以前的检查点改名为 {moved.name}，没有删除。")
             return None
         for path in unfinished["damaged"]:
             print(f"{path.name} 不完整（写到一半断了，或者文件坏了），跳过它。")
         checkpoint = unfinished["checkpoint"]
-        if checkpoint:
+        if unfinished["ended"]:
+            print(f"上次训练到了头，还没有保存：从 {checkpoint.name} 取回来，不用再训练。")
+        elif checkpoint:
             print(f"从 {checkpoint.name} 接着训练。")
         return checkpoint
 
 
 def _is_whole(checkpoint: Path) -> bool:
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        state = read_json(checkpoint / "trainer_state.json")
+        if not all(type(state[name]) is int for name in ("global_step", "max_steps")):
+            return False
         check_adapter(checkpoint)
         for name in ("optimizer.pt", "scheduler.pt"):
             if zipfile.ZipFile(checkpoint / name).testzip():
                 return False
+        optimizer = torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu")
+        if not {"state", "param_groups"} <= optimizer.keys():
+            return False
         states = list(checkpoint.glob("rng_state*.pth"))
         return bool(states) and not any(zipfile.ZipFile(path).testzip() for path in states)
-    except (OSError, ValueError, CourseError, zipfile.BadZipFile):
+    except Exception:  # whatever is wrong with it
         return False
 
 
@@ -957,7 +1072,7 @@ def make_portable(adapter_dir: Path, base_name: str) -> None:
     (folder / "training_args.bin").unlink(missing_ok=True)
 
     defaults = LoraConfig().to_dict()
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "adapter_config.json")
     kept = {
         name: value
         for name, value in config.items()
@@ -967,7 +1082,7 @@ def make_portable(adapter_dir: Path, base_name: str) -> None:
     write_json(folder / "adapter_config.json", kept | {"base_model_name_or_path": base_name})
 
     path = folder / "tokenizer_config.json"
-    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    tokenizer = read_json(path)
     tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
     tokenizer["model_input_names"] = ["input_ids", "attention_mask"]
     write_json(path, tokenizer)

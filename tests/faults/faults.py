@@ -9,12 +9,15 @@ or a dated one, nothing may be written elsewhere, and it takes at most 5 seconds
 1 GiB. tests/test_faults.py runs them all.
 """
 
+import ast
 import contextlib
 import hashlib
 import io
 import json
 import os
+import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -34,11 +37,12 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
-from huanhuan import CourseError, cleanup, course, infer, persona, reader, setup, train
+from huanhuan import CourseError, cleanup, course, exercises, infer, persona, reader, setup, train
 from huanhuan.course import Course
 from huanhuan.persona import read_persona, read_questions
-from huanhuan.prompt import prompt_ids
+from huanhuan.prompt import end_generation, prompt_ids
 
+LOOP = "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}"
 MARKS = ("<!-- faults -->", "<!-- /faults -->")  # of the table in README.md
 
 
@@ -233,11 +237,79 @@ def _(run):
 @fault("模型的聊天模板是一个转不完的圈", "01", "写不完")
 def _(run):
     file = run.model / "chat_template.jinja"
-    loop = "{% for a in range(9999) %}{% for b in range(999) %}{% endfor %}{% endfor %}"
-    file.write_text(loop, encoding="utf-8")
-    with patched(setup, "TEMPLATE_SECONDS", 0.2):
+    file.write_text(LOOP, encoding="utf-8")
+    yield
+    setup.check_kind(run.model)
+
+
+for title, template, says in (
+    ("要 3 GB", "{% set a = 'x' * 3000000000 %}", "写不完"),
+    ("要算一个天大的数", "{% set a = 9 ** (9 ** 9) %}", "写不完"),
+    ("除以零", "{{ 1 // 0 }}", "用不了"),
+    ("里的括号套了五千层", "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "用不了"),
+):
+
+    def template_of(run, template=template):
+        (run.model / "chat_template.jinja").write_text(template, encoding="utf-8")
         yield
         setup.check_kind(run.model)
+
+    fault(f"模型的聊天模板{title}", "01", says)(template_of)
+
+for title, name, text, says in (
+    ("的设置套了十万层", "config.json", "[" * 100_000, "读不出来"),
+    ("的种类是一个数组", "config.json", '{"model_type": []}', "不认识"),
+    ("的 generation_config.json 是一个数组", "generation_config.json", "[]", "用不了"),
+    ("目录里混着一个适配器", "adapter_config.json", "{}", "混着一个适配器"),
+):
+
+    def told(run, name=name, text=text):
+        (run.model / name).write_text(text, encoding="utf-8")
+        yield
+        setup.check_kind(run.model)
+
+    fault(f"模型{title}", "01", says)(told)
+
+
+@fault("模型的权重少了几层", "01", "权重比 config.json 说的少")
+def _(run):
+    file = run.model / "model.safetensors"
+    save_file({n: x for n, x in load_file(file).items() if "layers.1." not in n}, file)
+    yield
+    setup.check_model(run.model)
+
+
+@fault("模型说自己有三千层", "01", "权重比 config.json 说的少")
+def _(run):
+    config = json.loads((run.model / "config.json").read_text("utf-8"))
+    (run.model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3000}))
+    yield
+    setup.check_model(run.model)
+
+
+@fault("模型目录里全是链接，链接指着的权重换了", "04", "模型.*改动过.*01_setup")
+def _(run):
+    linked = run.dir.parent / "linked"
+    linked.mkdir()
+    for file in run.model.iterdir():
+        (linked / file.name).symlink_to(file)
+    this = Course.start(model=str(linked))
+    this.keep("model", linked)
+    file = run.model / "model.safetensors"
+    save_file({name: x + 1 for name, x in load_file(file).items()}, file)
+    yield
+    Course.resume("model")
+
+
+@fault("模型要一次答两遍，还限了时间（generation_config）", "04", None)
+def _(run):
+    model = AutoModelForCausalLM.from_pretrained(run.model)
+    model.generation_config.update(num_beams=2, num_return_sequences=2, max_time=1e-4)
+    tokenizer = AutoTokenizer.from_pretrained(run.model)
+    end_generation(model, tokenizer)
+    yield
+    replies = infer.ask_all(model, tokenizer, ["你是谁？", "吃了吗？"])
+    assert len(replies) == 2 and all(len(reply.text) > 1 for reply in replies)
 
 
 @fault("模型的权重是 pickle", "01", "pickle")
@@ -292,6 +364,52 @@ def _(run):
     with patched(course, "SYSTEM_PROMPT", "你是别人"):
         yield
         Course.resume("tokenized")
+
+
+@fault("角色文件里的 profile 改了，没有重做 01", "03", "profile 改过.*01_setup")
+def _(run):
+    with patched(course, "PERSONA", persona.PERSONA | {"profile": {"epochs": 9}}):
+        yield
+        Course.resume()
+
+
+@fault("HUANHUAN_MODEL 换了，没有重做 01", "03", "HUANHUAN_MODEL 现在是.*01_setup")
+def _(run):
+    with environ(HUANHUAN_MODEL="some/other"):
+        yield
+        Course.resume()
+
+
+@fault("01 是在有显卡的机器上做的", "04", "有 cuda 的机器")
+def _(run):
+    run.change_manifest(lambda m: m["profile"].update(device="cuda", dtype="bfloat16"))
+    yield
+    Course.resume()
+
+
+@fault("适配器在这个内核读入以后，另一个内核又训练了", "04", "读入以后变了.*重启内核")
+def _(run):
+    mine = Course.resume("adapter")
+    other = Course.resume("adapter")
+    with other.making("adapter") as beside:
+        shutil.copytree(run.adapter, beside, dirs_exist_ok=True)
+        run.weights.with_name("more.txt").unlink(missing_ok=True)
+        (beside / "more.txt").write_text("另一次", encoding="utf-8")
+    yield
+    with mine.making("pack") as file:
+        file.write_bytes(b"")
+
+
+@fault("手改了 LoraConfig 和学习率再训练", "04", None)
+def _(run):
+    used = {"lora_r": 2, "learning_rate": 5e-3, "epochs": 7}
+    with Course.resume().making(
+        "adapter", eval_loss_before=3.0, eval_loss_after=2.0, **used
+    ) as beside:
+        shutil.copytree(run.adapter, beside, dirs_exist_ok=True)
+    yield
+    card = infer.model_card(Course.resume("adapter"))
+    assert "r=2" in card and "7 轮" in card and "0.005" in card
 
 
 @fault("成果是另一个角色的", "03", "HUANHUAN_PERSONA")
@@ -477,6 +595,7 @@ for given in (
     {"epochs": 0}, {"epochs": -1}, {"epochs": "3"}, {"epochs": 10**9}, {"lora_r": 0}, {"lora_r": True},
     {"learning_rate": float("nan")}, {"learning_rate": 0}, {"max_length": 3}, {"max_rows": 0},
     {"micro_batch": 99}, {"quantized": "yes"}, {"model": " "}, {"lora_dropout": 1.0}, {"dtype": 16},
+    {"dtype": "int8"}, {"dtype": "fp16"}, {"dtype": "float64"}, {"device": "tpu"}, {"micro_batch": 3},
 ):  # fmt: skip
 
     def settings(run, given=given):
@@ -485,6 +604,24 @@ for given in (
 
     (name, value) = next(iter(given.items()))
     fault(f"`Course.start({name}={value!r})`", "01", "不行：要写")(settings)
+
+
+@fault("`Course.start(epochs=10**6000)`", "01", "epochs=这么长的数 不行")
+def _(run):
+    yield
+    Course.start(epochs=10**6000)
+
+
+@fault("`Course.start(device='cuda')`，没有显卡", "01", "用不了 cuda")
+def _(run):
+    yield
+    Course.start(device="cuda")
+
+
+@fault("模型名有五千个字", "01", "找不到模型目录")
+def _(run):
+    yield
+    setup.look_at_model(Course.start(model="x" * 5000))
 
 
 @fault("`Course.start` 里拼错了名字", "01", "没有 epoch 这一项")
@@ -500,6 +637,9 @@ for text, says in (
     ('{"name": "甲", "system_prompt": "x", "called": [1], "dataset": "x"}', "called"),
     ('{"name": "甲", "system_prompt": "x", "called": ["x"], "dataset": "x", "profile": null}', "profile"),
     ('{"name": "甲", "system_prompt": "x", "called": ["x"], "dataset": "x", "facts": [1]}', "facts"),
+    ("[" * 100_000, "套得太深"),
+    ('{"name": "甲", "system_prompt": "\\ud800", "called": ["x"], "dataset": "x"}', "system_prompt"),
+    ('{"name": "甲", "system_prompt": "x", "called": ["x"], "dataset": "\\u0000"}', "dataset"),
 ):  # fmt: skip
 
     def bad_persona(run, text=text):
@@ -517,6 +657,44 @@ def _(run):
     file.write_text('{"general": [], "identity": [], "daily": []}', encoding="utf-8")
     yield
     read_questions(file)
+
+
+GOOD = {"known": ["你是谁？"], "identity": [], "daily": [], "general": []}
+ORDINARY = {"question": "一加一？", "expected": ["二"]}
+for change in (
+    {"known": "你是谁？"}, {"known": [1]}, {"identity": [None]}, {"general": [ORDINARY | {"expected": "二"}]},
+    {"general": [ORDINARY | {"expected": [""]}]}, {"general": [ORDINARY | {"question": 5}]}, {"general": 3},
+):  # fmt: skip
+
+    def bad_questions(run, change=change):
+        file = run.dir.parent / "questions.json"
+        file.write_text(json.dumps(GOOD | change), encoding="utf-8")
+        yield
+        read_questions(file)
+
+    told = json.dumps(change, ensure_ascii=False)
+    fault(f"考题文件里写着 `{told}`", "01", "考题文件.*读不出来")(bad_questions)
+
+
+@fault("考题文件和角色文件带着 BOM", "01", None)
+def _(run):
+    asked, mine = run.dir.parent / "questions.json", run.dir.parent / "me.json"
+    asked.write_text(json.dumps(GOOD), encoding="utf-8-sig")
+    me = {"name": "甲", "system_prompt": "x", "called": ["x"], "dataset": "x"}
+    mine.write_text(json.dumps(me), encoding="utf-8-sig")
+    yield
+    assert read_questions(asked)["known"] and read_persona(mine)["name"] == "甲"
+
+
+@fault("RANK、WORLD_SIZE 是别的程序留下的", "03", None)
+def _(run):
+    yield
+    code = "from huanhuan import course; print(course.RANK, course.PROCESSES)"
+    given = os.environ | {"RANK": "1", "WORLD_SIZE": "abc"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=NOTEBOOKS, env=given, capture_output=True, text=True
+    )
+    assert done.stdout == "0 1\n", done.stderr
 
 
 @fault("角色的提示词比 max_length 还长", "01", "提示词.*放不下")
@@ -552,7 +730,7 @@ def _(run):
 def _(run):
     with environ(HUANHUAN_DATA="no-such-file.json"):
         yield
-        setup.dataset_file(Course.resume())
+        setup.dataset_file(Course.start())
 
 
 for name, value, meant in (
@@ -616,10 +794,85 @@ def _(run):
         chat.save()
 
 
+for number, name, says in (
+    (122, "配额用完了", "磁盘满了"), (107, "网盘断开了", "出错"), (5, "磁盘坏了", "出错"),
+    (116, "网盘上的文件换了", "出错"),
+):  # fmt: skip
+
+    def broken(run, number=number):
+        yield
+        with patched(Path, "write_text", refused(number)):
+            Course.resume().finish("02_preprocess")
+
+    fault(f"写清单的时候{name}", "02", says)(broken)
+
+
+@fault("HUANHUAN_OUTPUT 是一个文件", "01", "HUANHUAN_OUTPUT")
+def _(run):
+    with environ(HUANHUAN_OUTPUT=str(run.data)):
+        yield
+        Course.start().keep("data", run.data)
+
+
+@fault("清单是一个目录", "02", "读不出来")
+def _(run):
+    run.manifest.unlink()
+    run.manifest.mkdir()
+    yield
+    Course.resume()
+
+
+@fault("filled.json 是一个指到外面的链接", "01", None)
+def _(run):
+    precious = run.dir.parent / "precious.json"
+    precious.write_text("别动", encoding="utf-8")
+    (run.dir / "filled.json").symlink_to(precious)
+    rows = reader.load_rows(run.data)
+    rows.attrs["placeholders"] = {"{{name}}": 1}
+    yield
+    setup.without_placeholders(Course.resume(), run.data, rows, {"{{name}}": "甄嬛"})
+    assert precious.read_text("utf-8") == "别动"
+
+
+@fault("占位符换成了一个数", "01", "带引号的文字")
+def _(run):
+    rows = reader.load_rows(run.data)
+    rows.attrs["placeholders"] = {"{{name}}": 1}
+    yield
+    setup.without_placeholders(Course.resume(), run.data, rows, {"{{name}}": 5})
+
+
+@fault("uploads 是一个指到外面的链接", "01", None)
+def _(run):
+    outside = run.dir.parent / "outside"
+    outside.mkdir()
+    (run.dir / "uploads").symlink_to(outside)
+    yield
+    upload = Course.resume().replacing(run.dir / "uploads" / "a.json")
+    with contextlib.suppress(CourseError), upload as file:
+        file.write_text("[]", encoding="utf-8")
+    assert not [*outside.iterdir()]
+
+
+@fault("exercises.json 带着 BOM", "01", None)
+def _(run):
+    (run.dir / "exercises.json").write_text('{"1.1": "2026"}', encoding="utf-8-sig")
+    yield
+    assert exercises.done(run.dir)["01_setup"][0] == 1
+
+
+@fault("exercises.json 写到一半断了", "01", None)
+def _(run):
+    (run.dir / "exercises.json").write_text('{"1.1": "20', encoding="utf-8")
+    yield
+    exercises.check("1.2", 2 * 2**20 / 2**30, parameters=2**20)
+    assert exercises.done(run.dir)["01_setup"][0] == 1
+
+
 @fault("磁盘满了，正在解压", "带走", "磁盘满了")
 def _(run):
     yield
-    with patched(Path, "write_bytes", refused(28)):
+    with patched(shutil, "copyfileobj", refused(28)):
         run.unpack(run.pack)
 
 
@@ -648,6 +901,41 @@ def _(run):
     with other_process(code):
         pass
     assert (run.dir / "run.lock").exists()
+    yield
+    trained(run, 1)
+
+
+def foreign(run, seconds: float, **others) -> None:
+    """A lock of another machine, so many seconds old."""
+    lock = run.dir / "run.lock"
+    lock.write_text(json.dumps({"host": "colab-vm", "pid": 1, "started": 0} | others))
+    os.utime(lock, (time.time() - seconds,) * 2)
+
+
+@fault("另一台机器刚才还拿着锁", "03", "另一个内核.*run.lock")
+def _(run):
+    foreign(run, 30)
+    yield
+    trained(run, 1)
+
+
+@fault("另一台机器拿着锁，早就关了", "03", None)
+def _(run):
+    foreign(run, 86400)
+    yield
+    trained(run, 1)
+
+
+@fault("这个内核自己的锁，■ 的时候落下的", "03", None)
+def _(run):
+    foreign(run, 0, host=platform.node(), pid=os.getpid())
+    yield
+    trained(run, 1)
+
+
+@fault("锁是一个目录", "03", "删掉.*run.lock")
+def _(run):
+    (run.dir / "run.lock").mkdir()
     yield
     trained(run, 1)
 
@@ -715,8 +1003,121 @@ def _(run):
     trainer = trained(run, 3)
     first = [p.clone() for p in trainer.model.parameters()]
     yield
+    trainer.train(resume_from_checkpoint=train.resume_point(Course.resume(), {}, train.Split(16)))
+    assert all(map(torch.equal, first, trainer.model.parameters()))
     trainer.train()
     assert all(map(torch.equal, first, trainer.model.parameters()))
+
+
+@fault("训练到了头，没有保存，内核就死了", "03", None)
+def _(run):
+    first = trained(run, 3).model
+    yield
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        again = trained(run, 3).model
+    assert "不用再训练" in said.getvalue()
+    assert all(map(torch.equal, first.parameters(), again.parameters()))
+
+
+@fault("■ 以后改了学习率再运行", "03", None)
+def _(run):
+    with contextlib.suppress(CourseError):
+        stopping_at(run, 2)
+    yield
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        trainer = trained(run, 4, learning_rate=1e-3)
+    assert "learning_rate" in said.getvalue() and [*run.dir.glob("checkpoints-*/checkpoint-2")]
+    assert trainer.state.global_step == 4
+
+
+@fault("■ 以后模型的权重换了，重做了 01、02", "03", None)
+def _(run):
+    with contextlib.suppress(CourseError):
+        stopping_at(run, 2)
+    file = run.model / "model.safetensors"
+    save_file({name: x * 1.01 for name, x in load_file(file).items()}, file)
+    this = Course.start(model=str(run.model))
+    this.keep("model", run.model)
+    with this.making("tokenized", train_rows=20, eval_rows=4) as beside:
+        shutil.copytree(run.tokenized, beside, dirs_exist_ok=True)
+    yield
+    assert train.resume_point(Course.resume(), {}, train.Split(16)) is None
+
+
+@fault("训练停在半路就去保存", "03", "没有跑完，不存")
+def _(run):
+    with patched(train.CourseTrainer, "train", lambda self, **_: None):
+        trainer = trained(run, 4)
+    yield
+    trainer.save_model(str(run.dir.parent / "never"))
+
+
+@fault("在短训练里按 ■", "03", "没有存")
+def _(run):
+    yield
+    stopping_at(run, 2, save_strategy="no")
+
+
+@fault("核对的时候按 ■，读回来的适配器还占着位置", "03", None)
+def _(run):
+    trainer = trained(run, 3)
+    first = [p.clone() for n, p in trainer.model.named_parameters() if "default" in n]
+    trainer.model.load_adapter(run.checkpoints / "checkpoint-3", adapter_name="reloaded")
+    trainer.model.set_adapter("reloaded")
+    yield
+    trainer.train()
+    kept = [p for n, p in trainer.model.named_parameters() if "lora_" in n]
+    assert all(map(torch.equal, first, kept)) and len(first) == len(kept)
+
+
+@fault("训练的时候检查点目录删掉了，再按 ■", "03", None)
+def _(run):
+    forward = train.CourseTrainer.training_step
+
+    def swept(self, *args, **kwargs):
+        if self.state.global_step == 1 and run.checkpoints.exists():
+            shutil.rmtree(run.checkpoints)
+        return forward(self, *args, **kwargs)
+
+    with patched(train.CourseTrainer, "training_step", swept), contextlib.suppress(CourseError):
+        stopping_at(run, 3)
+    yield
+    assert train.resume_point(Course.resume(), {}, train.Split(16)).name == "checkpoint-3"
+
+
+@fault("坏的检查点步数最大", "03", "停在第 3 步")
+def _(run):
+    train_then(run, lambda newest: None)
+    for step in (90, 91, 92):
+        (run.checkpoints / f"checkpoint-{step}").mkdir()
+    yield
+    try:
+        stopping_at(run, 3)
+    finally:
+        assert (run.checkpoints / "checkpoint-3" / "optimizer.pt").exists()
+
+
+for name, text in (("recipe.json", "[]"), ("recipe.json", "[" * 100_000)):
+
+    def recipe_of(run, name=name, text=text):
+        train_then(run, lambda newest: (run.checkpoints / name).write_text(text))
+        yield
+        assert train.resume_point(Course.resume(), {}, train.Split(16)) is None
+
+    fault(f"{name} 是 {text[:2]}{'…' * (len(text) > 2)}", "03", None)(recipe_of)
+
+for text in ("{}", "5", '{"global_step": "2", "max_steps": 4}', "[" * 100_000):
+
+    def state_of(run, text=text):
+        train_then(run, lambda newest: (newest / "trainer_state.json").write_text(text))
+        yield
+        assert train.resume_point(Course.resume(), {}, train.Split(16)).name == "checkpoint-1"
+
+    fault(f"检查点的 trainer_state.json 是 {text[:20]}{'…' * (len(text) > 50)}", "03", None)(
+        state_of
+    )
 
 
 @fault("一个检查点写到一半断了", "03", None)
@@ -816,7 +1217,7 @@ EVIL = {
         lambda c: c.update({"llama3_lora/SHA256SUMS": b"0" * 64 + b"  ../../secret"}), False, "对不上"),
     "清单不是 UTF-8": (lambda c: c.update({"llama3_lora/SHA256SUMS": b"\xff\xfe"}), False, "不完整"),
     "没有清单": (lambda c: c.pop("llama3_lora/SHA256SUMS"), False, "不完整"),
-    "有清单上没有的文件": (lambda c: c.update({"llama3_lora/extra.py": b"x"}), False, "对不上"),
+    "有清单上没有的文件": (lambda c: c.update({"llama3_lora/vocab.json": b"{}"}), False, "对不上"),
     "一个文件与校验和不符": (
         lambda c: c.update({"llama3_lora/README.md": b"changed"}), False, "与校验和不符"),
     "文件名是 ../": (lambda c: c.update({"../evil": b"x"}), True, "不该有的文件"),
@@ -830,7 +1231,7 @@ EVIL = {
         lambda c: c.update({"llama3_lora/zeros.bin": bytes(2**30)}), True, "大得不像"),
     "没有适配器": (lambda c: c.pop("llama3_lora/adapter_model.safetensors"), True, "读不出来"),
     "适配器是 pickle": (lambda c: c.update({
-        "llama3_lora/adapter_model.bin": c.pop("llama3_lora/adapter_model.safetensors")}), True, "读不出来|pickle"),
+        "llama3_lora/adapter_model.bin": c.pop("llama3_lora/adapter_model.safetensors")}), True, "不该有的文件"),
     "适配器是乱码": (lambda c: c.update({
         "llama3_lora/adapter_model.safetensors": b"\xff" * 100}), True, "读不出来"),
 }  # fmt: skip
@@ -862,11 +1263,31 @@ for title, name, content in (
     ("层名是要算很久的正则", "adapter_config.json", lambda c: c | {"target_modules": "(a+)+$"}),
     ("层名里混着正则", "adapter_config.json", lambda c: c | {"target_modules": ["q_proj", "(a|a)*$"]}),
     ("层名是数", "adapter_config.json", lambda c: c | {"target_modules": [1]}),
+    ("秩的例外是要算很久的正则", "adapter_config.json",
+     lambda c: c | {"rank_pattern": {"(.*.*)*(.*.*)*x$": 8}}),
+    ("有的层秩二十万", "adapter_config.json", lambda c: c | {"rank_pattern": {"q_proj": 200_000}}),
+    ("要把层抄两千遍", "adapter_config.json", lambda c: c | {"layer_replication": [[0, 4]] * 2000}),
+    ("alpha 无穷大", "adapter_config.json", lambda c: c | {"lora_alpha": float("inf")}),
+    ("alpha 是 0", "adapter_config.json", lambda c: c | {"lora_alpha": 0}),
+    ("alpha 是文字", "adapter_config.json", lambda c: c | {"lora_alpha": "8"}),
+    ("要另存别的模块", "adapter_config.json", lambda c: c | {"modules_to_save": ["lm_head"]}),
+    ("任务不是聊天", "adapter_config.json", lambda c: c | {"task_type": "SEQ_CLS"}),
     ("分词器要执行程序（auto_map）", "tokenizer_config.json",
      lambda c: c | {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}}),
     ("分词器的设置不是 JSON", "tokenizer_config.json", b"\xff{"),
 ):  # fmt: skip
     EVIL[title] = (member(name, content), True, "不是普通的 LoRA")
+EVIL |= {
+    "带着自己的程序": (lambda c: c.update({
+        "llama3_lora/config.json": b'{"auto_map": {"AutoConfig": "evil.E"}}', "llama3_lora/evil.py": b"0"}),
+        True, "不该有的文件"),
+    "聊天模板转不完": (member("chat_template.jinja", LOOP.encode()), True, "写不完"),
+    "聊天模板写错了": (member("chat_template.jinja", b"{% for %}"), True, "用不了"),
+    "分词器不是 JSON": (member("tokenizer.json", b"{"), True, "分词器用不了"),
+    "权重全是 0，压得很小": (
+        member("adapter_model.safetensors", bytes(2**25)), True, "大得不像"),
+    "解开又压了一遍，多一个目录": (lambda c: c.update({"llama3_lora/": b""}), False, None),
+}  # fmt: skip
 for title, (change, sums, says) in EVIL.items():
 
     def evil(run, change=change, sums=sums):
@@ -933,6 +1354,71 @@ def _(run):
     (run.dir / "local" / "thesis.txt").write_text("三年", encoding="utf-8")
     yield
     run.unpack(run.pack)
+
+
+@fault("压缩包：解好一份好的，又来一份坏的", "带走", "NaN")
+def _(run):
+    home = run.dir / "home"
+    infer.unpack(run.pack, home)
+    run.change_weights(lambda x: x * float("nan"))
+    data = run.weights.read_bytes()
+    bad = run.repacked(lambda c: c.update({"llama3_lora/adapter_model.safetensors": data}))
+    yield
+    infer.unpack(bad, home)
+
+
+@fault("压缩包：要解到的目录是一个链接", "带走", "是一个链接")
+def _(run):
+    outside = run.dir.parent / "outside"
+    outside.mkdir()
+    (run.dir / "local").symlink_to(outside)
+    yield
+    run.unpack(run.pack)
+
+
+@fault("压缩包：要解到的地方是一个文件", "带走", "出错|别的东西")
+def _(run):
+    (run.dir / "local").write_text("不是目录", encoding="utf-8")
+    yield
+    run.unpack(run.pack)
+
+
+@fault("模型目录的名字里有引号和程序", "带走", None)
+def _(run):
+    nasty = 'x"; import os; os.system("touch evil") # $(touch evil)'
+    with patched(Course, "base_name", nasty):
+        yield
+        card = infer.model_card(Course.resume("adapter"))
+    (line,) = re.findall("^base_path = .*$", card, re.M)
+    assert isinstance(ast.literal_eval(line.partition(" = ")[2].partition("  #")[0]), str)
+    (serve,) = re.findall("^vllm serve .*$", card, re.M)
+    assert shlex.split(serve)[2] == nasty
+
+
+@fault("记录里的成绩和版本是别人编的", "带走", "“适配器”.*03_train_lora")
+def _(run):
+    file = run.adapter / "made.json"
+    record = json.loads(file.read_text("utf-8"))
+    file.write_text(json.dumps(record | {"results": {"name_tuned": [5, 2]}}), encoding="utf-8")
+    yield
+    Course.resume("adapter")
+
+
+@fault("scores.json 里是别的东西", "04", None)
+def _(run):
+    for number, text in enumerate(('{"rank": "8"}', '{"name_base": [1]}', '{"适配器": 1}', "[[[")):
+        old = run.dir / f"llama3_lora-{number}"
+        old.mkdir()
+        (old / "scores.json").write_text(text, encoding="utf-8")
+    yield
+    infer.score_table(infer.past_runs(Course.resume()))
+
+
+@fault("模型放掉以后接着聊", "04", "已经放掉")
+def _(run):
+    chat = infer.Chat(None, None, run.dir / "chats")
+    yield
+    [*chat.say("你好")]
 
 
 @fault("压缩包：要解到的目录里有一份旧适配器", "带走", None)
