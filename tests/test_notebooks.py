@@ -430,6 +430,60 @@ def execute(*cells):
     return "\n".join(error.traceback)
 
 
+def in_one_kernel(given: dict[str, str], *codes: str) -> list[str]:
+    """What each cell printed, run one after another in one kernel; of one that failed, its message."""
+    from nbclient import NotebookClient
+
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code) for code in codes])
+    where = {"metadata": {"path": str(NOTEBOOKS)}}
+    NotebookClient(book, resources=where, allow_errors=True).execute(env=os.environ | given)
+    return [
+        "".join(o.get("text", "") + "\n".join(o.get("traceback", [])) for o in cell.outputs)
+        for cell in book.cells
+    ]
+
+
+@pytest.mark.newest
+def test_cells_of_03_run_again_edited_and_interrupted(tmp_path):
+    given = small_run(tmp_path / "run", epochs=1, save_steps=1)
+    cells = {cell.id: cell.source for cell in SOURCES["03_train_lora"].cells}
+    plain = [
+        cell.id
+        for cell in SOURCES["03_train_lora"].cells
+        if cell.cell_type == "code" and "notebook-only" not in cell.metadata.get("tags", [])
+    ]
+    once = plain[: plain.index("train-save") + 1]
+    read_back = "        again = model.eval()(input_ids=row).logits\n"
+    edited = {
+        "train-lora-config": ("r=profile.lora_r", "r=3"),
+        "train-arguments": ("learning_rate=profile.learning_rate", "learning_rate=5e-3"),
+    }
+    for name, (ours, theirs) in edited.items():
+        assert cells[name].count(ours) == 1
+        edited[name] = cells[name].replace(ours, theirs)
+    again = once[once.index("train-lora-config") :]
+    kept = "print(course.record('adapter')['used'])"
+    codes = [
+        *(cells[name] for name in once), kept,
+        cells["train-proof-logits"].replace(read_back, "        raise KeyboardInterrupt\n"),
+        cells["train-train"], cells["train-save"], cells["train-proof-logits"],
+        *(edited.get(name, cells[name]) for name in again), kept,
+        *(cells[name] for name in again), kept,
+    ]  # fmt: skip
+    said = dict(enumerate(in_one_kernel(given, *codes)))
+    first, place = said[once.index("train-train")], len(once)
+    assert "'lora_r': 8" in said[place]
+    assert said[place + 1].startswith("⛔ 停下了") and "\n" not in said[place + 1].strip()
+    loss = first[first.index("验证集损失") :]
+    assert said[place + 2].endswith(loss), said[place + 2]  # afresh, not from what was read back
+    assert "最大差别：0\n" in said[place + 4]
+    place += 5 + len(again)
+    assert "'lora_r': 3" in said[place] and "'learning_rate': 0.005" in said[place]
+    assert not said[place - 3].endswith(loss)
+    place += 1 + len(again)
+    assert "'lora_r': 8" in said[place] and not [n for n in said if "Traceback" in said[n]]
+
+
 def test_a_name_that_is_not_there_is_one_sentence_that_names_the_cell():
     said = execute("import huanhuan\nmodel = 1", "del model", "model + 1")
     assert len(said.splitlines()) == 1 and "model" in said and "`import huanhuan`" in said

@@ -347,7 +347,11 @@ class Course:
         return sorted(files, key=lambda path: path.stat().st_mtime)
 
     def __repr__(self) -> str:
-        return f"档位 {self.profile.name}：{self.reason}\n成果都放在 {self.run_dir}"
+        said = f"档位 {self.profile.name}：{self.reason}\n成果都放在 {self.run_dir}"
+        before = (_read(self.run_dir) or {}).get("profile", asdict(self.profile))
+        if before != asdict(self.profile):
+            said += "\n设置和上次不一样：把这一本运行到底，才会生效。"
+        return said
 
     def quantization(self):
         """The BitsAndBytesConfig with which to load the base model, or None for full precision.
