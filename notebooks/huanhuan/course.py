@@ -426,9 +426,9 @@ class Course:
             )
         if PERSONA.get("profile") != manifest["persona"].get("profile"):
             raise CourseError("角色文件里的 profile 改过，还没有生效：请重新运行 01_setup.ipynb。")
-        before = manifest.get("asked")
+        before, chosen = manifest.get("asked"), manifest["profile"]
         for name, value in _asked().items() if isinstance(before, dict) else ():
-            if value and value != before.get(name):
+            if value and value not in (before.get(name), chosen.get("name"), chosen.get("model")):
                 raise CourseError(
                     f"环境变量 {name} 现在是 {value}，运行 01 的时候是 {before.get(name) or '没有设'}："
                     "请重新运行 01_setup.ipynb，或者改回去。"
@@ -752,7 +752,7 @@ def writing(path: Path) -> Iterator[None]:
 # Of an adapter's config, what need not stand at peft's default.
 PLAIN = {
     "peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "task_type", "inference_mode",
-    "base_model_name_or_path", "peft_version",
+    "base_model_name_or_path", "peft_version", "use_rslora", "use_dora",
 }  # fmt: skip
 
 
@@ -769,7 +769,11 @@ def check_adapter(folder: Path, strangers: bool = False) -> None:
             for name in tensors.keys():  # noqa: SIM118
                 tensor = tensors.get_tensor(name)
                 half = tensor.is_floating_point() and tensor.dtype.itemsize >= 2
-                if not half or (tensor.ndim != 2 and (strangers or ".lora_A." in name)):
+                if (
+                    not half
+                    or not 1 <= tensor.ndim <= 2
+                    or (".lora_A." in name and tensor.ndim < 2)
+                ):
                     raise ValueError(f"{name} 不是 LoRA 的矩阵")
                 learnt |= bool(tensor.any())
                 numbers &= bool(tensor.isfinite().all())
@@ -793,6 +797,7 @@ def check_adapter(folder: Path, strangers: bool = False) -> None:
         plain &= type(alpha) in (int, float) and 0 < alpha < 1e6 and 0 <= (dropout or 0) < 1
         if strangers:
             plain &= all(said[n] == usual[n] for n in said.keys() & usual.keys() - PLAIN)
+            plain &= all(type(said.get(n, False)) is bool for n in ("use_rslora", "use_dora"))
         tokenizer = folder / "tokenizer_config.json"
         if tokenizer.exists() and plain:
             plain = "auto_map" not in read_json(tokenizer)

@@ -656,7 +656,7 @@ def unpack(archive: Path, folder: Path) -> Path:
         raise CourseError(f"{folder} 是一个链接，或者里面有链接，不往里解压：请换一个空目录。")
     with writing(folder):
         there = [path.name for path in folder.iterdir()] if os.path.lexists(folder) else []
-        if not all("llama3_lora" in name for name in there):
+        if not all("llama3_lora" in name for name in there if not name.startswith(".")):
             raise CourseError(f"{folder} 里有别的东西，不往里解压：请换一个空目录。")
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)

@@ -1073,6 +1073,8 @@ def make_portable(adapter_dir: Path, base_name: str) -> None:
 
     defaults = LoraConfig().to_dict()
     config = read_json(folder / "adapter_config.json")
+    if config.get("init_lora_weights") == "gaussian":
+        del config["init_lora_weights"]  # how it began says nothing any more
     kept = {
         name: value
         for name, value in config.items()

@@ -1367,6 +1367,27 @@ def _(run):
     infer.unpack(bad, home)
 
 
+@fault("压缩包：适配器用了 rsLoRA、DoRA", "带走", None)
+def _(run):
+    model = AutoModelForCausalLM.from_pretrained(run.model, dtype=torch.float32)
+    odd = {"use_rslora": True, "use_dora": True, "init_lora_weights": "gaussian"}
+    lora = get_peft_model(
+        model, LoraConfig(r=2, target_modules=train.SEVEN, task_type="CAUSAL_LM", **odd)
+    )
+    this = Course.resume("tokenized")
+    with this.making("adapter", eval_loss_before=3.0, eval_loss_after=2.0) as beside:
+        with train.as_if_trained(lora):
+            lora.save_pretrained(beside)
+        AutoTokenizer.from_pretrained(run.model).save_pretrained(beside)
+        train.make_portable(beside, "tiny_llama")
+    with this.making("answers") as file:
+        file.write_text("[]", encoding="utf-8")
+    with this.making("pack") as file:
+        infer.pack(this, file)
+    yield
+    run.unpack(run.pack)
+
+
 @fault("压缩包：要解到的目录是一个链接", "带走", "是一个链接")
 def _(run):
     outside = run.dir.parent / "outside"
