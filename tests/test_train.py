@@ -125,10 +125,13 @@ def test_other_recipe_starts_afresh_and_keeps_the_old_checkpoints(run_dir, inter
     assert list(run_dir.glob("checkpoints-*/checkpoint-3"))
 
 
-def test_finished_training_is_not_resumed(tokenizer, run_dir):
+def test_finished_training_is_not_resumed_once_it_is_saved(tokenizer, run_dir):
     course = Course.start()
     train.resume_point(course, {}, train.Split(4))
-    small_trainer(tokenizer, run_dir / "checkpoints", steps=1).train()
+    trainer = small_trainer(tokenizer, run_dir / "checkpoints", steps=1)
+    trainer.train()
+    assert train.resume_point(course, {}, train.Split(4)).name == "checkpoint-1"
+    trainer.save_model(str(run_dir / "llama3_lora"))
     assert train.resume_point(course, {}, train.Split(4)) is None
 
 

@@ -563,6 +563,7 @@ def model_card(course: Course) -> str:
     license = named[1] if named else str(config.get("license") or "other")
     license = license if re.fullmatch(r"[\w.-]+", license) else "other"
     base, folder = course.base_name, course.base_name.split("/")[-1]
+    usual = re.fullmatch(r"[\w./-]+", base)
     # Meta asks for its notice, and for the name of its model at the head of what is made from it.
     llama = re.search(r"\bllama-\d[\d.]*", course.base_name.lower()) or re.match("llama", license)
     scores = []
@@ -590,9 +591,9 @@ def model_card(course: Course) -> str:
         questions=repr([WHO, *QUESTIONS["daily"][:1]]),
         stops=sorted(stops),
         pad=tokenizer.convert_tokens_to_ids(pad_token(tokenizer)),
-        # as YAML, as Python, for a shell: the name of a folder may hold anything
-        quoted=json.dumps(base, ensure_ascii=False),
-        path=repr(folder).replace("`", r"\x60"),
+        # for YAML, Python and a shell: the name of a folder may hold anything
+        quoted=base if usual else json.dumps(base, ensure_ascii=False),
+        path=f'r"{folder}"' if usual else repr(folder).replace("`", r"\x60"),
         shell=shlex.quote(" ".join(folder.split())),
         fetch=f"（`modelscope download --model {base} --local_dir {folder}`，先 `pip install modelscope`）"
         if "/" in base

@@ -974,9 +974,8 @@ def _plain(recipe: dict) -> dict:
 
 def _whole_recipe(course: Course, recipe: dict) -> dict:
     """`recipe`, and of which model and which rows: they may have changed in place."""
-    of = {
-        name: course.manifest["known"].get(name, {}).get("id") for name in ARTEFACTS["adapter"].of
-    }
+    known = course.manifest.get("known", {})
+    of = {name: known.get(name, {}).get("id") for name in ARTEFACTS["adapter"].of}
     return _plain(recipe | {"of": of})
 
 
@@ -1013,7 +1012,7 @@ def resume_point(course: Course, recipe: dict, split: Split) -> Path | None:
     checkpoints; those of another recipe, or of a training whose adapter was saved, are renamed and
     stay on disk. A damaged checkpoint is passed over.
     """
-    if "tokenized" in course.manifest["files"]:
+    if "tokenized" in course.manifest.get("files", {}):
         course.path("tokenized")  # still what this kernel has read
     folder, recipe = course.run_dir / "checkpoints", _whole_recipe(course, recipe)
     with PartialState().main_process_first():  # it renames; the others only look
