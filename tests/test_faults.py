@@ -1,5 +1,6 @@
 """Every fault of tests/faults/faults.py strikes a run of its own."""
 
+import json
 import sys
 
 import pytest
@@ -30,3 +31,12 @@ def test_the_matrix_is_long_enough_and_its_table_is_of_these_faults():
         line.split(" | ")[0].removeprefix("| ") for line in table.splitlines() if " | " in line
     ]
     assert kinds[1:] == [fault.kind.replace("|", " ") for fault in FAULTS]
+
+
+def test_the_readme_says_what_everywhere_found():
+    found = json.loads((ROOT / "tests" / "faults" / "everywhere.json").read_text("utf-8"))
+    assert [*found] == ["01_setup", "02_preprocess", "03_train_lora", "04_infer"]
+    whole = {name: sum(book[name] for book in found.values()) for name in found["04_infer"]}
+    assert whole["recovered"] == whole["struck"] == whole["failed"] + whole["killed"]
+    said = "一共 {writes} 次写，让 {failed} 次失败、在 {killed} 次之前杀掉，{recovered} 次都恢复成一样的结果"
+    assert said.format_map(whole) in (ROOT / "README.md").read_text(encoding="utf-8")

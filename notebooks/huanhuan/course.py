@@ -691,6 +691,7 @@ def _owner(path: Path) -> dict | None:
     """Who holds the lock; None, and the lock is gone, where that one is no longer alive."""
     import psutil
 
+    untouched = 0.0  # seconds
     try:
         untouched = abs(time.time() - path.stat().st_mtime)
         owner = {"since": "？"} | read_json(path)
@@ -703,9 +704,8 @@ def _owner(path: Path) -> dict | None:
             alive = abs(started - owner["started"]) < 1
         if alive:
             return owner
-    except FileNotFoundError:
-        if not os.path.lexists(path):
-            return None
+    except FileNotFoundError:  # given up in the meantime; or no file at all
+        return {} if path.is_dir() or path.is_symlink() else None
     except (ValueError, KeyError, TypeError, OSError):  # being written now, or never finished
         if untouched < 5:
             return {}
