@@ -25,11 +25,11 @@ class CourseError(Exception):
         return [f"⛔ {self}"]
 
 
-def read_json(path: Path, kind: type = dict):
-    """What the JSON file `path` holds, with a byte order mark or without.
+def read_json(path: Path) -> dict:
+    """The object that the JSON file `path` holds, with a byte order mark or without.
 
     Raises OSError where there is no such file (to read a pipe might take for ever), ValueError for
-    whatever is wrong with it, no `kind` too.
+    whatever is wrong with it.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(errno.ENOENT, "没有这个文件", str(path))
@@ -37,8 +37,8 @@ def read_json(path: Path, kind: type = dict):
         content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except RecursionError:
         raise ValueError("括号套得太深") from None
-    if not isinstance(content, kind):
-        raise ValueError("最外层应当是" + ("对象 {…}" if kind is dict else "数组 […]"))
+    if not isinstance(content, dict):
+        raise ValueError("最外层应当是对象 {…}")
     return content
 
 
@@ -83,7 +83,7 @@ def _settle_paths() -> None:
             os.environ[name] = value
 
 
-def _explain_missing_names() -> None:
+def _explain_errors() -> None:
     """In a notebook ■ and a NameError become a sentence, which names the cell to run where that is known."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     if shell is None:
@@ -113,4 +113,4 @@ for _bars in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS
     os.environ.setdefault(_bars, "1")  # English, and gone in a moment; transformers heeds the first
 _no_bars()
 _settle_paths()
-_explain_missing_names()
+_explain_errors()

@@ -63,10 +63,9 @@ SAMPLED = 2**28  # bytes: of a larger file the beginning, the middle and the end
 # One process uses one GPU. Given several, the Trainer would cut every batch into parts for them, and
 # a packed batch cannot be cut. A launcher (torchrun) hands out the GPUs itself.
 LAUNCHED = "LOCAL_RANK" in os.environ
-RANK = (
-    int(os.environ.get("RANK", 0)) if LAUNCHED else 0
-)  # of this process among those that train together
-PROCESSES = int(os.environ.get("WORLD_SIZE", 1)) if LAUNCHED else 1  # so many train together
+# How many processes train together, and which of them this is.
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1)) if LAUNCHED else 1
+RANK = int(os.environ.get("RANK", 0)) if LAUNCHED else 0
 SHARDED = os.environ.get("ACCELERATE_USE_FSDP") == "true"  # a model cut into parts, one a process
 if not LAUNCHED:
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
@@ -725,11 +724,8 @@ def writing(path: Path) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError) as error:
         text, number = str(error), getattr(error, "errno", None)
         place = next((p for p in (path, *path.parents) if os.path.exists(p)), path)
-        words = (
-            "os error 28",
-            "No space left",
-            "file write failed",
-        )  # safetensors', Rust's, torch's
+        # What Rust (safetensors), Arrow and torch say of it, without a number.
+        words = ("os error 28", "No space left", "file write failed")
         full = number in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
         if full or any(word in text for word in words):
             free = shutil.disk_usage(place).free

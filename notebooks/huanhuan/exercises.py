@@ -73,10 +73,11 @@ def check(number: str, answer, *, solution: bool = False, **context) -> None:
             with course.writing(run_dir):
                 run_dir.mkdir(parents=True, exist_ok=True)
                 file = run_dir / "exercises.json"
-                if not _recorded(run_dir):  # one that cannot be read is kept
+                recorded = _recorded(run_dir)
+                if not recorded:  # one that cannot be read is kept
                     course.set_aside(file)
                 now = {str(number): time.strftime("%Y-%m-%d %H:%M:%S")}
-                course.write_json(file, _recorded(run_dir) | now)
+                course.write_json(file, recorded | now)
         except (CourseError, OSError) as error:
             print(f"（答对了，只是没有记下来：{error}）")
 

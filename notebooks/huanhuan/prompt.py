@@ -300,12 +300,12 @@ from transformers.utils.chat_template_utils import render_jinja_template
 given = json.load(sys.stdin)
 try:
     import resource
-    size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (size + 2**29,) * 2)
     used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
     resource.setrlimit(resource.RLIMIT_CPU, (int(used) + 2,) * 2)
+    size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + 2**29,) * 2)
 except (ImportError, OSError):
-    pass  # no such limits on Windows; there are the seconds
+    pass  # Windows has no such limits, macOS only that of time; there are the seconds
 for messages in given.pop("conversations"):
     try:
         render_jinja_template([messages], add_generation_prompt=True, **given)

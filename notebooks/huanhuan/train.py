@@ -841,7 +841,7 @@ class CourseTrainer(transformers.Trainer):
         if moved:
             changed = "，".join(f"{n} {before[n]} → {now[n]}" for n in now if before[n] != now[n])
             print(
-                f"TrainingArguments 改过（{changed}），从头开始；以前的检查点改名为 {moved.name}。"
+                f"不接着了：TrainingArguments 改过（{changed}），从头开始；以前的检查点改名为 {moved.name}。"
             )
         return same
 
@@ -1019,7 +1019,7 @@ def resume_point(course: Course, recipe: dict, split: Split) -> Path | None:
         unfinished = _unfinished(folder, recipe)
         if unfinished is None:
             with writing(folder):
-                moved = course.set_aside(folder)
+                moved = set_aside(folder)
                 folder.mkdir(parents=True, exist_ok=True)
                 write_json(folder / "recipe.json", {"recipe": recipe, "split": asdict(split)})
             if moved:
